@@ -101,8 +101,8 @@ class Rig:
         while len(self.cluster.held) < WORKERS:
             self.controller.step()
         self._turn = 0
-        write_rows(folder / "train.jsonl", rows(4))
-        write_rows(folder / "eval.jsonl", rows(4, label="no"))
+        write_rows(folder / "data/train.jsonl", rows(4))
+        write_rows(folder / "data/eval.jsonl", rows(4, label="no"))
 
     def _fill(self, waiting: int, ended: int) -> None:
         """By whole pages, without a commit for each: minutes become seconds."""
@@ -170,7 +170,7 @@ class Rig:
 
     def submission(self) -> Took:
         self._turn += 1
-        files = {f"{side}_file": str(self._folder / f"{side}.jsonl") for side in ("train", "eval")}
+        files = {f"{side}_file": str(self._folder / f"data/{side}.jsonl") for side in ("train", "eval")}
         data = files | {"eval_is_train": True}  # the same texts
         spec = task_spec(f"team-{self._turn % TEAMS}/new-{self._turn}", data=data, priority=-100)
 

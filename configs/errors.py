@@ -104,6 +104,11 @@ class OnebasisError(Exception):
         return self.code or self.kind
 
     @property
+    def title(self) -> str:
+        """What all errors of the class have in common, in one sentence."""
+        return (type(self).__doc__ or self.row).partition(". ")[0].strip().rstrip(".").partition("\n")[0]
+
+    @property
     def sentence(self) -> str:
         """What was wrong and where, in one sentence, without the next step."""
         return f"{self.where}: {self.what}" if self.where else self.what

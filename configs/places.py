@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -108,13 +108,13 @@ def open_anywhere(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def open_below(path: Path, roots: Iterable[Path], closed: Path | None = None) -> BinaryIO:
+def open_below(path: Path, roots: Iterable[Path], closed: Collection[Path] = ()) -> BinaryIO:
     """Open a plain file below some folders, safe against somebody who renames it, or a folder above it, meanwhile.
 
     The check is made on the opened file, by its descriptor, and not on its name; nothing else is opened to be read.
 
     Args:
-        closed: Folder, links resolved, whose files are not opened, but for those of a root that lies in it.
+        closed: As for `is_below`.
 
     Raises:
         OutsideError: The file, links resolved, is in none of these folders, or is a folder, a pipe or a device.
@@ -132,12 +132,15 @@ def open_below(path: Path, roots: Iterable[Path], closed: Path | None = None) ->
         os.close(handle)
 
 
-def is_below(path: Path, roots: Iterable[Path], closed: Path | None = None) -> bool:
-    """Whether a real path lies below one of some folders; in a closed one, only if that folder lies in it too."""
+def is_below(path: Path, roots: Iterable[Path], closed: Collection[Path] = ()) -> bool:
+    """Whether a real path lies below one of some folders.
+
+    Args:
+        closed: Folders, links resolved, whose files do not count, but for those of a root that lies in them.
+    """
     around = [real for root in roots if path.is_relative_to(real := root.resolve())]
-    if closed is not None and path.is_relative_to(closed):
-        return any(root.is_relative_to(closed) and root != closed for root in around)
-    return bool(around)
+    shut = [folder for folder in closed if path.is_relative_to(folder)]
+    return any(all(folder in root.parents for folder in shut) for root in around)
 
 
 class OutsideError(Exception):

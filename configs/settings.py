@@ -175,6 +175,46 @@ class RaySettings(Section):
     """Token file of a running cluster. A local cluster gets a token of its own."""
 
 
+class AddressSettings(Section):
+    """An address that this service calls over HTTP, and the secret that it signs with."""
+
+    url: str = Field(pattern=r"^https?://[^\s/?#@]+([/?][^\s#]*)?$")
+    """Where it is posted to; redirects are not followed. The host alone is ever shown: the rest may be a secret."""
+    private: bool = False
+    """Whether that may be this machine or a private network; a public address has to begin with https."""
+    secret_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable of the control plane that holds the secret: `whsec_` and 24 to 64 bytes in base64."""
+    secret_file: Annotated[str | None, Located(places.absolute)] = None
+    """File that holds the secret, instead; it is read each time, so it can be changed at any moment."""
+
+    @property
+    def host(self) -> str:
+        """What of the URL may be shown."""
+        return urlsplit(self.url).netloc
+
+    @model_validator(mode="after")
+    def _is_signed_and_sealed(self) -> Self:
+        if (self.secret_env is None) == (self.secret_file is None):
+            raise ValueError("needs exactly one of secret_env and secret_file: what is sent is signed")
+        if self.url.startswith("http:") and not self.private:
+            raise ValueError(
+                "url has to begin with https, or private has to be true: this machine, or a private network"
+            )
+        return self
+
+
+Subscription = Literal["ended", "published", "rejected", "parked", "rolled-back", "held", "alarm"]
+"""A kind of event. `ended` is every end of a task: published, rejected, parked and cancelled."""
+
+
+class WebhookSettings(AddressSettings):
+    """Who is told of events over HTTP, in the form that Standard Webhooks defines."""
+
+    events: tuple[Subscription, ...] = Field(min_length=1)
+    """Kinds of events: `ended` (every end of a task), `published`, `rejected`, `parked` of tasks; `rolled-back` and
+    `held` of `main`; for the service as a whole also `alarm`."""
+
+
 class TeamSettings(Section):
     """A team that may submit tasks."""
 
@@ -191,6 +231,37 @@ class TeamSettings(Section):
     place_hours_a_week: float | None = Field(None, gt=0)
     """Quota of hours of places in a week, on average: older use counts less, by half for every seven days. Beyond it
     the team borrows. Default: no quota."""
+    webhooks: dict[Name, WebhookSettings] = Field(default_factory=dict)
+    """Name to who is told what happens to the team's tasks, and to `main`."""
+
+    @model_validator(mode="after")
+    def _alarms_are_the_services(self) -> Self:
+        for name, hook in self.webhooks.items():
+            if "alarm" in hook.events:
+                raise ValueError(f"webhooks.{name}.events: alarms are the service's: write the webhook beside teams")
+        return self
+
+
+class PrePublishSettings(Section):
+    """What is asked before a version that passed the gate is published. It may refuse it, with a reason."""
+
+    command: tuple[str, ...] | None = Field(None, min_length=1)
+    """Program, as an absolute path or found in PATH, and its arguments; no shell. It is handed a JSON document on its
+    standard input, and answers by its exit code (0: publish, 3: refuse) or by JSON on its last line:
+    `{"publish": false, "reason": "…"}`."""
+    http: AddressSettings | None = None
+    """Address, instead, that the document is posted to; it answers in JSON."""
+    timeout_seconds: float = Field(60.0, gt=0, le=3600)
+    """Longest wait for the answer."""
+    on_failure: Literal["refuse", "publish"] = "refuse"
+    """What becomes of the version where there is no answer: what is asked is not there, fails, says nothing that can be
+    read, or is late."""
+
+    @model_validator(mode="after")
+    def _one_is_asked(self) -> Self:
+        if (self.command is None) == (self.http is None):
+            raise ValueError("needs exactly one of command and http")
+        return self
 
 
 class GateSettings(Section):
@@ -207,6 +278,8 @@ class GateSettings(Section):
     it the version is not published. None: such a task is published with a warning."""
     drift_min: float = Field(1e-4, ge=0)
     """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
+    pre_publish: PrePublishSettings | None = None
+    """Who else is asked before a version is published; None: nobody."""
 
 
 class FailureSettings(Section):
@@ -317,6 +390,17 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
 
 
+class CanarySettings(Section):
+    """A share of the requests that another version answers than `main`'s, to be compared on what is really asked."""
+
+    version: Literal["candidate"] | int = "candidate"
+    """Version: `candidate`, whichever waits for its verdict, or a number."""
+    share: float = Field(0.05, gt=0, le=1)
+    """Share of the requests, chosen by their keys."""
+    shadow: float = Field(1.0, ge=0, le=1)
+    """Share of those that `main`'s version answers, too, when nobody waits: by these the two are compared."""
+
+
 class ServingSettings(Section):
     """What answers over HTTP, beside the control plane: a Ray Serve application (`onebasis serve`)."""
 
@@ -335,6 +419,8 @@ class ServingSettings(Section):
     """Rows of a batch, and requests at once for which one replica is enough."""
     waiting_max: int = Field(512, ge=1)
     """Most requests at once of a replica; further ones wait before it."""
+    canary: CanarySettings | None = None
+    """Another version that answers a share of the requests; None: none does."""
 
     @property
     def url(self) -> str:
@@ -377,6 +463,9 @@ class Settings(Section):
     serving: ServingSettings | None = None
     """What answers over HTTP; None: nothing does."""
     main: MainSettings = Field(default_factory=MainSettings)
+    webhooks: dict[Name, WebhookSettings] = Field(default_factory=dict)
+    """Name to who is told of events of all teams. Those of one team are in `teams.NAME.webhooks`. Only who writes this
+    file names addresses: no role over HTTP can, but for admins of all teams, by `reload`."""
     oidc: OidcSettings | None = None
     """Identity provider whose tokens are taken, too."""
     production: bool = False
@@ -407,6 +496,14 @@ class Settings(Section):
     def cpus_at_most(self) -> int:
         """CPUs that the workers of all pools take when each pool has as many as it may."""
         return math.ceil(sum(pool.max * pool.ranks * pool.cpus for pool in self.pools.values()))
+
+    @property
+    def hooks(self) -> dict[str, tuple[str, WebhookSettings]]:
+        """Name of each webhook, `TEAM/NAME` for one of a team, to its team (empty: all) and to what it is."""
+        of_teams = {
+            f"{team}/{name}": (team, hook) for team, its in self.teams.items() for name, hook in its.webhooks.items()
+        }
+        return {name: ("", hook) for name, hook in self.webhooks.items()} | of_teams
 
     def of_team(self, team: str) -> Settings:
         """The settings as they are for a team's submissions: with the folders that it may read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -27,6 +28,8 @@ from configs.errors import (
 )
 
 log = logging.getLogger("onebasis.alarms")
+
+BEGUN_MAX = 1000
 
 
 class AlarmCode(StrEnum):
@@ -118,6 +121,8 @@ class Alarms:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ringing: dict[tuple[AlarmCode, str, str], Alarm] = {}
+        self.begun: deque[Alarm] = deque(maxlen=BEGUN_MAX)
+        """Those that began to ring and that nobody has taken from here yet, the oldest first."""
         self.names_base_models = False
         """Whether an alarm's text says which base model it concerns: with a single one there is nothing to say."""
 
@@ -140,6 +145,7 @@ class Alarms:
             alarm = Alarm(code, about, what, todo or NEXT_STEP[code], since, base_model)
             self._ringing[code, about, base_model] = alarm
         if before is None:
+            self.begun.append(alarm)
             log.error("ALARM %s (%s)", alarm, about)
 
     def ring_for(self, error: OnebasisError, about: str, doing: str = "", base_model: str = "") -> None:

@@ -21,6 +21,7 @@ from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from configs.settings import SubspaceSettings
 from subspace_store.files.version_heads import VersionHeads
 from subspace_store.log import fold, garbage, retention
+from subspace_store.log.branch_moves import BranchMoves
 from subspace_store.log.removal import remakes, revisions_along, start_of_remakes
 from subspace_store.log.retention import tasks_alive
 from subspace_store.log.store_format import check_format
@@ -239,6 +240,7 @@ class SubspaceReader:
         self.base_model, self.base_sha256 = base
         self.settings = settings
         self._heads = VersionHeads(storage, lambda: log.state)
+        self._moves = BranchMoves(log)
         self._lock = threading.RLock()
 
     @classmethod
@@ -674,6 +676,11 @@ class SubspaceReader:
     def history(self) -> list[HistoryEntry]:
         """The log for people, oldest first. Reads every record."""
         return [_entry(record) for record in self._log.records()]
+
+    @property
+    def moves(self) -> BranchMoves:
+        """How the branches came to be where they are."""
+        return self._moves
 
     @strict
     def lost_by(self, task_id: Line) -> HistoryEntry | None:

@@ -129,7 +129,7 @@ def settings(folder: Path | str = "/nowhere", **changes: Any) -> Settings:
         "state_dir": str(folder),
         "base_model": {"name": BASE, "source": "tiny-source", "weights_sha256": SHA256},
         "teams": {team: {} for team in TEAMS},
-        "data_roots": [str(folder)],
+        "data_roots": [f"{folder}/data"],
         "database_url": f"sqlite:///{folder}/tasks.db",
         "storage": {"url": f"file:{folder}/store"},
         "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db"},

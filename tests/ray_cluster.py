@@ -28,6 +28,8 @@ class RayCluster:
     address: str
     token: Path
     process: subprocess.Popen[bytes]
+    dashboard: str | None
+    """Its address, where jobs are submitted; None where it was not asked for."""
 
     def processes(self, title: str) -> list[int]:
         """Process ids whose title or name begins like this."""
@@ -39,22 +41,32 @@ class RayCluster:
         return found
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens at."""
+    with contextlib.ExitStack() as held:
+        servers = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(server.getsockname()[1]) for server in servers]
+
+
 @contextlib.contextmanager
-def ray_cluster(cpus: int) -> Iterator[RayCluster]:
+def ray_cluster(cpus: int, has_dashboard: bool = False) -> Iterator[RayCluster]:
     """A cluster without anything on it; all its processes are gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix="onebasis-"))  # short: the paths of sockets are
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, dashboard, agent = free_ports(3)
     options = [f"--port={port}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=80000000"]
+    options.append(f"--include-dashboard={str(has_dashboard).lower()}")
+    if has_dashboard:  # else its agent listens where that of another Ray on this machine may
+        options += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     token = folder / "token"
     with (folder / "ray.out").open("wb") as log:
         process = subprocess.Popen(
-            [RAY, "start", "--head", *options, "--include-dashboard=false", f"--temp-dir={folder}", "--block"],
+            [RAY, "start", "--head", *options, f"--temp-dir={folder}", "--block"],
             env={**os.environ, **ray_environment(token)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
-        yield RayCluster(f"127.0.0.1:{port}", token, process)
+        url = f"http://127.0.0.1:{dashboard}" if has_dashboard else None
+        yield RayCluster(f"127.0.0.1:{port}", token, process, url)
     finally:
         for below in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):

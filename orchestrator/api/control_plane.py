@@ -18,10 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.document import Request
 from configs.errors import Conflict, InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
-from orchestrator.api.access import Caller
 from orchestrator.api.callers import Callers
 from orchestrator.api.guard import Guard
 from orchestrator.api.server import api, http_server
@@ -31,6 +29,7 @@ from orchestrator.controller import PREEMPT_SECONDS, Controller
 from orchestrator.leadership import Leadership, refuse_other_settings, shared_settings
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.reports.mlflow_mirror import Mirror
+from orchestrator.reports.webhooks import Webhooks
 from orchestrator.serving.deployment import Deployment
 from orchestrator.signs_of_life import ray_trouble
 from orchestrator.tasks.checking import Checker
@@ -94,7 +93,7 @@ class ControlPlane:
         else:
             self._join(lease, url)
         callers = Callers(self.token, me(), lambda: self._service().sources, lambda: self.settings)
-        server = http_server(api(self, callers), settings.server.tls)
+        server = http_server(api(lambda: Guard(self._service()), callers), settings.server.tls)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.install_signal_handlers = lambda: None
@@ -105,11 +104,8 @@ class ControlPlane:
         self._end(lease)
         log.info("stopped")
 
-    def answer(self, request: Request, caller: Caller) -> Any:
-        """Carry a request out, as what this process is at the moment."""
-        return Guard(self._service()).answer(request, caller)
-
     def _service(self) -> Service:
+        """What answers, as what this process is at the moment."""
         duty = self._duty
         if duty is None:
             raise Unavailable("this control plane begins or ends to lead", todo="try again in a moment")
@@ -293,13 +289,25 @@ class Leading:
             deployment=self._deployment,
         )
         mirror.follow(lambda: self.service.settings)
+        self._webhooks = Webhooks(
+            self.service.sources.outbox,
+            lambda: self.service.settings,
+            lambda: {name: subspace.store for name, subspace in controller.subspaces.items()},
+            controller.alarms,
+        )
+        self.service.sources.send_soon = self._webhooks.wake
         self._loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
         trouble = partial(ray_trouble, state_dir) if is_local else str
         watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
         store_and_database = Pulse(self.service.look, LOOK_EVERY_SECONDS)
-        for name, run in (("watch", watch.run), ("gcs", gcs.run), ("look", store_and_database.run)):
+        for name, run in (
+            ("watch", watch.run),
+            ("gcs", gcs.run),
+            ("look", store_and_database.run),
+            ("webhooks", self._webhooks.run),
+        ):
             threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         self._reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
         self._loop.start()
@@ -318,6 +326,7 @@ class Leading:
     def end(self, hands_over: bool = False) -> None:
         """Stop the loop. hands_over: Another control plane goes on with what runs, else it writes checkpoints."""
         self._checker.close()
+        self._webhooks.wake()
         self._controller.hands_over = hands_over
         self._stop.set()
         self._loop.join(timeout=HAND_OVER_SECONDS if hands_over else PREEMPT_SECONDS + 10)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.leadership import StandsBy
+    from orchestrator.tasks.answer_book import AnswerBook
     from orchestrator.tasks.audit_log import AuditLog
+    from orchestrator.tasks.outbox import Outbox
     from orchestrator.tasks.task_queue import TaskQueue
     from orchestrator.tasks.token_book import TokenBook
 
@@ -43,6 +45,8 @@ class Sources:
         self.controller = controller
         self.cluster = cluster
         self.alarms = alarms or (controller.alarms if controller is not None else Alarms())
+        self.send_soon: Callable[[], None] = lambda: None
+        """Has what is new for webhooks sent at once."""
         self._given_queue = queue
         self._stands_by = stands_by
 
@@ -66,6 +70,20 @@ class Sources:
         from orchestrator.tasks.audit_log import AuditLog
 
         return AuditLog(self.queue.database)
+
+    @cached_property
+    def kept_answers(self) -> AnswerBook:
+        """What was answered to requests that had a key."""
+        from orchestrator.tasks.answer_book import AnswerBook
+
+        return AnswerBook(self.queue.database)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """What webhooks are told of."""
+        from orchestrator.tasks.outbox import Outbox
+
+        return Outbox(self.queue.database)
 
     @property
     def is_up(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from configs.document import without_password
 from configs.errors import DatabaseAway, OnebasisError, Unavailable
@@ -16,15 +16,13 @@ from orchestrator.api import latest, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.latest import LOOKING, Latest
 from orchestrator.api.requests import Json
+from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions
 from orchestrator.api.views import pause_json
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import SERVICE, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-
-if TYPE_CHECKING:
-    from orchestrator.serving.deployment import Deployment
 
 
 class ServiceStatus:
@@ -34,7 +32,7 @@ class ServiceStatus:
         versions: Base model to the versions of its subspace.
         health: What the process knows of itself.
         deadlines: Those that cannot be met.
-        deployment: What answers over HTTP; None where no service runs.
+        served: What answers over HTTP.
     """
 
     def __init__(
@@ -43,11 +41,9 @@ class ServiceStatus:
         versions: Mapping[str, Versions],
         health: Callable[[], Json],
         deadlines: Deadlines,
-        deployment: Deployment | None = None,
+        served: Served,
     ) -> None:
-        self._answering = (
-            None if deployment is None else Latest(lambda: deployment.facts(sources.settings), "Ray Serve")
-        )
+        self._served = served
         self._sources = sources
         self._versions = versions
         self._health = health
@@ -79,7 +75,7 @@ class ServiceStatus:
             "left_running": self._left_running(),
             **({} if self._sources.is_up else self._led_elsewhere()),
             **self.health(),
-            "serving": self._serving_soon(),
+            "serving": self._served.now(),
             "base_models": of_each,
         }
 
@@ -139,6 +135,7 @@ class ServiceStatus:
         found = self._sources.settings.model_dump(mode="json")
         found["database_url"] = without_password(found["database_url"])
         found["mlflow"]["tracking_uri"] = without_password(found["mlflow"]["tracking_uri"])
+        _hide_paths(found)
         return found
 
     def look(self) -> None:
@@ -154,17 +151,6 @@ class ServiceStatus:
                 self._deadlines.look()
         for versions in list(self._versions.values()):
             versions.try_to_write()
-
-    def _serving_soon(self) -> Json:
-        """What answers over HTTP; only where it should be, while Ray Serve is late or away."""
-        serving = self._sources.settings.serving
-        if self._answering is None or serving is None:
-            return {}
-        try:
-            return self._answering.within(latest.LOOK_SECONDS)
-        except Exception as error:  # Ray may raise anything: it is told, and `status` answers
-            told = error.what if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
-            return {"url": serving.url, "state": "unknown", "message": told, "base_models": {}}
 
     def _led_elsewhere(self) -> Json:
         """Which other control planes run of this service, whose own here does not."""
@@ -246,3 +232,12 @@ def _of_several(of_each: Sequence[Json]) -> Json:
         "not_in_database": sum(one["not_in_database"] for one in of_each),
         "in_doubt": [doubt for one in of_each for doubt in one["in_doubt"]],
     }
+
+
+def _hide_paths(value: Json) -> None:
+    """Leave of the URLs of webhooks the host: what is behind it is often a secret."""
+    hooks = [hook for its in (value, *value["teams"].values()) for hook in its["webhooks"].values()]
+    asked = (value["gate"]["pre_publish"] or {}).get("http")
+    for hook in (*hooks, *([asked] if asked else [])):
+        place = urlsplit(hook["url"])
+        hook["url"] = f"{place.scheme}://{place.netloc}" + ("/***" if place.path.strip("/") or place.query else "")

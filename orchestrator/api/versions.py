@@ -9,10 +9,12 @@ import contextlib
 import io
 import secrets
 import tempfile
+import time
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +36,7 @@ from orchestrator.api.requests import Json
 from orchestrator.api.sources import Sources
 from orchestrator.api.why import who_holds
 from orchestrator.judging.forgetting import forgetting_report
-from orchestrator.judging.score_table import ScoreTable, newest_scores, score_table
+from orchestrator.judging.score_table import ScoreTable, newest_scores, rows_of, score_table
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
@@ -113,6 +115,49 @@ class Versions:
         state = self._store.refresh()
         found = (views.version_summary(state, version) for _, version in sorted(state.versions.items()))
         return [{**row, "base_model": self.name} for row in found]
+
+    def named_at(self, request: requests.BranchesAt) -> Json:
+        """Which versions the branches named at a moment, and what `main` held then.
+
+        Raises:
+            InvalidInput: The moment has not come.
+            NotFound: There was no store.
+        """
+        if request.at > (now := time.time()):
+            what = f"that moment comes in {request.at - now:.0f} s"
+            raise InvalidInput(what, "at", "name one that has passed; `onebasis versions` shows what is now")
+        state = self._store.refresh()
+        named, seq = self._store.moves.at(request.at)
+        main = named[MAIN]
+        return {
+            "base_model": self.name,
+            "at": request.at,
+            "seq": seq,
+            "branches": named,
+            "expired": main in state.expired,
+            "tasks": sorted(task.name for task in state.tasks_at(main).values()),
+        }
+
+    def history(self, request: requests.ShowHistory, of_teams: Collection[str] | None = None) -> Json:
+        """The moves of a branch, the newest first, and what each did to tasks and their scores. of_teams: As for
+        `scores`.
+
+        Cost:
+            A read of each record of the log back to the last move that is shown, once for this service; the scores as
+            `rows_of`. No tensor is read.
+        """
+        state = self._store.refresh()
+        found = list(islice(self._store.moves.newest_first(request.branch, request.before), request.limit + 1))
+        moves = found[: request.limit]
+        versions = {number for move in moves for number in (move.before, move.after)}
+        rows = rows_of(state, versions, self._sources.settings.gate.drift_min)
+        held = {number: _named(state, number, of_teams) for number in versions}
+        return {
+            "base_model": self.name,
+            "branch": request.branch,
+            "moves": [views.move(state, move, held, rows) for move in moves],
+            "before": moves[-1].seq if len(found) > len(moves) else None,
+        }
 
     def one(self, request: requests.ShowVersion, of_teams: Collection[str] | None = None) -> Json:
         """One version: tasks, scores, ranks, drift, what is stored. of_teams: As for `scores`."""
@@ -549,6 +594,12 @@ class Versions:
             names = ", ".join(task.name for task in held.values()) or "no tasks"
             raise NotFound(f"version {version} has no task '{reference}'", todo=f"it holds: {names}")
         return found[0]
+
+
+def _named(state: SubspaceState, version: int, of_teams: Collection[str] | None) -> dict[str, MergedTask]:
+    """Name to task, of those that a version holds; of some teams alone."""
+    tasks = state.tasks_at(version).values()
+    return {task.name: task for task in tasks if of_teams is None or task.name.partition("/")[0] in of_teams}
 
 
 def _of_teams(table: ScoreTable, state: SubspaceState, of_teams: Collection[str] | None) -> tuple[ScoreTable, Json]:

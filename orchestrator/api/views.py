@@ -16,6 +16,7 @@ from orchestrator.scheduling.estimate import Estimate, ends
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_record import Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG, PROGRESS, TaskEvent, points_of
+from subspace_store.log.branch_moves import Move
 from subspace_store.log.version import CANDIDATE, MAIN, MergedTask, SubspaceState, Version
 from subspace_store.subspace_reader import RollbackPreview
 
@@ -298,6 +299,63 @@ def cell(table: ScoreTable, version: int, task_id: str) -> Json:
     if found is None:
         return {"score": None, "measured_at": None, "rows": None}
     return {"score": number_or_none(found.score), "measured_at": found.measured_at, "rows": found.count}
+
+
+def move(
+    state: SubspaceState,
+    moved: Move,
+    held: Mapping[int, Mapping[str, MergedTask]],
+    rows: Mapping[int, Mapping[str, Cell]],
+) -> Json:
+    """One move of a branch: what it did to tasks, by their names, and to scores that differ.
+
+    Args:
+        held: Version to name to task, of the versions before and after it.
+        rows: Version to task id to score there.
+    """
+    old, new = held[moved.before], held[moved.after]
+    both = [name for name in new if name in old]
+    scores = {
+        name: (_score_of(name, old, rows[moved.before]), _score_of(name, new, rows[moved.after]))
+        for name in {**old, **new}
+    }
+    known = [(early, late) for early, late in map(scores.__getitem__, both) if early is not None and late is not None]
+    return {
+        "seq": moved.seq,
+        "time": moved.time,
+        "actor": moved.actor,
+        "how": moved.how,
+        "reason": moved.reason,
+        "holds": moved.holds,
+        "from": moved.before,
+        "to": moved.after,
+        "expired": moved.after in state.expired,
+        "came": [name for name in new if name not in old],
+        "left": [name for name in old if name not in new],
+        "replaced": [name for name in both if old[name].task_id != new[name].task_id],
+        "changed": [name for name in both if _is_changed(old[name], new[name])],
+        "scores": {name: list(pair) for name, pair in scores.items() if pair[0] != pair[1]},
+        "stayed": {
+            "tasks": len(both),
+            "measured": len(known),
+            "before": _mean([score for score, _ in known]),
+            "after": _mean([score for _, score in known]),
+        },
+    }
+
+
+def _score_of(name: str, held: Mapping[str, MergedTask], row: Mapping[str, Cell]) -> float | None:
+    cell = row.get(held[name].task_id) if name in held else None
+    return number_or_none(cell.score) if cell is not None else None
+
+
+def _is_changed(old: MergedTask, new: MergedTask) -> bool:
+    """Whether the same task was refined, or merged anew."""
+    return old.task_id == new.task_id and old.version != new.version
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def news(table: ScoreTable) -> list[list[list[float | None]]]:

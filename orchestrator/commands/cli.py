@@ -9,9 +9,9 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +21,11 @@ from configs.places import located
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
+    MOVES,
     PAGE,
     PAGE_MAX,
+    Branch,
+    BranchesAt,
     Cancel,
     Change,
     ChangeMany,
@@ -36,20 +39,34 @@ from orchestrator.api.requests import (
     Preempt,
     PreviewRestore,
     PreviewRollback,
-    ReadLog,
+    ReadEvents,
     Reload,
     Resume,
     Retry,
     ShowCapacity,
+    ShowHistory,
     ShowScores,
     ShowTask,
     ShowVersion,
     Status,
+    Way,
+    Which,
 )
-from orchestrator.commands import accounts, contexts, display, prediction, submission, upkeep, version_tables
-from orchestrator.commands.attention import Attention
+from orchestrator.commands import (
+    accounts,
+    contexts,
+    display,
+    moments,
+    prediction,
+    score_texts,
+    submission,
+    upkeep,
+    version_tables,
+    webhooks,
+)
+from orchestrator.commands.attention import LOOK_SECONDS, WATCH_SECONDS, Attention, UntilNews
 from orchestrator.commands.contexts import anywhere
-from orchestrator.commands.submission import ENDS, WATCH_SECONDS
+from orchestrator.commands.submission import ENDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.state_folder import keep_source, settings_source
 from subspace_store.commands.terminal import (
@@ -90,6 +107,8 @@ waiting_command = anywhere(command_of(app, INTERRUPTED, epilog=EXIT_CODES))
 VERSION = "Number, tag or branch; `onebasis versions` lists them."
 AtVersion = Annotated[str | None, typer.Option("--version", metavar="V", help=f"Default: what `main` holds. {VERSION}")]
 NAMES = "Id, beginning of an id, team/name, or team/name@2: its second revision."
+WHEN = "2026-11-30, '2026-11-30 14:05', with an offset from UTC if you like, or '2h ago'; else this machine's time."
+At = Annotated[str | None, typer.Option("--at", metavar="TIME", help=f"What was so then: {WHEN}")]
 Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
 OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
@@ -267,7 +286,7 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    asked = ListTasks(team=team, state=_state(state), base_model=base_model, before=before, limit=limit)
+    asked = ListTasks(team=team, state=_state(state), base_model=base_model, cursor=before, limit=limit)
     service = Attention(client)
 
     def ask() -> list[display.Json]:
@@ -275,7 +294,7 @@ def tasks(
         return client.ask(asked)
 
     if watch:
-        (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
+        (display.follow_quietly if as_json else display.follow)(ask, UntilNews(client, ReadEvents(team=team)))
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if not rows and not as_json:
@@ -463,26 +482,34 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
-    client, after, lines = Client(state_dir), 0, []
-    service, places = Attention(client), display.Places()
-    while True:
-        if follow:
-            service.look()
-        new = client.ask(ReadLog(reference=reference, after=after))
-        after = new[-1]["event_id"] if new else after
-        lines += new
+    client = Client(state_dir)
+    lines = []
+    for event in _followed(client, reference, as_json) if follow else client.pages(ReadEvents(reference=reference)):
+        lines.append(event)
         if not as_json:
-            display.log_lines(new)
-        if not follow:
-            break
+            display.log_lines([event])
+    if as_json:
+        print(json.dumps(lines))
+
+
+def _followed(client: Client, reference: str, as_json: bool) -> Iterator[dict[str, Any]]:
+    """A task's events until it has ended; meanwhile, what is new about its place and the service is said."""
+    service, places, last, looked = Attention(client), display.Places(), 0, 0.0
+    for event in client.follow(ReadEvents(reference=reference, after=0)):
+        if event is not None:
+            last = event["event_id"]
+            yield event
+            pause = LOOK_SECONDS if event["kind"] in display.TOLD_WHILE_TRAINING else WATCH_SECONDS
+            if time.monotonic() - looked < pause:
+                continue
+        looked = time.monotonic()
+        service.look()
         now = client.ask(ShowTask(reference=reference))
         if said := places.moved(now):
             (note if as_json else display.log_line)(said)
         if now["state"] in ENDS:
-            break
-        time.sleep(WATCH_SECONDS)
-    if as_json:
-        print(json.dumps(lines))
+            yield from client.pages(ReadEvents(reference=reference, after=last))
+            return
 
 
 @command_here
@@ -528,9 +555,34 @@ def simulate(
 
 
 @command
-def versions(base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False) -> None:
-    """List the subspace's versions."""
-    show(Client(state_dir).ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+def versions(
+    at: At = None, base_model: OfBaseModel = None, state_dir: StateDir = STATE_DIR, as_json: AsJson = False
+) -> None:
+    """List the subspace's versions; with --at, say which ones the branches named at a moment."""
+    client = Client(state_dir)
+    if at is None:
+        show(client.ask(ListVersions(base_model=base_model)), version_tables.versions, as_json)
+    else:
+        show(client.ask(BranchesAt(at=moments.moment(at), base_model=base_model)), version_tables.branches_at, as_json)
+
+
+@command
+def history(
+    branch: Annotated[Branch, typer.Argument(help="The branch.")] = "main",
+    limit: Annotated[int, typer.Option(help="Number of moves, the newest ones.", min=1, max=PAGE_MAX)] = MOVES,
+    before: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only moves before record N: the page before.")
+    ] = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show every move of a branch: when, who, why, from which version to which, which tasks came, left or changed, and
+    their scores before and after."""
+    answer = Client(state_dir).ask(ShowHistory(branch=branch, before=before, limit=limit, base_model=base_model))
+    show(answer, version_tables.history, as_json)
+    if answer["before"] is not None:
+        note(f"the newest {counted(limit, 'move')}; `--before {answer['before']}` lists older ones, `--limit` more")
 
 
 @command
@@ -615,6 +667,7 @@ def export(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be new or empty.")
     ],
     number: AtVersion = None,
+    at: At = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -622,10 +675,11 @@ def export(
     """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
+    if at is not None and number is not None:
+        raise InvalidInput("names a version and a moment", "--version, --at", "leave one of them out")
     client = Client(state_dir)
-    packed = client.ask(
-        Export(base_model=base_model, reference=reference, version=_version_or_main(client, number, base_model))
-    )
+    version = _version_or_main(client, number, base_model) if at is None else _main_at(client, at, base_model)
+    packed = client.ask(Export(base_model=base_model, reference=reference, version=version))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -636,7 +690,7 @@ def export(
             f"cannot write there: {error}", str(output), "name a folder that you may write to"
         ) from error
     show(
-        {"output": str(output), "files": names},
+        {"output": str(output), "files": names} | ({"at": at, "version": version} if at is not None else {}),
         lambda a: note(f"wrote {', '.join(names)} to {output}"),
         as_json,
     )
@@ -649,6 +703,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="`candidate`, or a number, answers a share of the requests; `none`: no longer."
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the requests for the canary; default: 0.05.")] = None,
     end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -658,16 +719,29 @@ def serve(
     /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
     follow `main`. The rest of `serving:` is in the settings.
     """
+    from configs.document import check_document
     from configs.settings import ServingSettings
     from subspace_store.commands.state_folder import service_settings
 
     settings = service_settings(state_dir)
     named = {"port": port, "host": host, "replicas_max": replicas}
     chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
-    serving = None if end else ServingSettings.model_validate(chosen)
+    chosen["canary"] = _canary(chosen["canary"], canary, share)
+    serving = None if end else check_document(chosen, ServingSettings, "serve")
     with telling("loading the base model for the replicas"):
         answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
     show(answer, display.serving, as_json)
+
+
+def _canary(before: dict[str, Any] | None, version: str | None, share: float | None) -> dict[str, Any] | None:
+    """The canary's settings after a command; a share that is not named stays."""
+    if version == "none":
+        return None
+    if version is None and share is not None and before is None:
+        raise InvalidInput("there is no canary to have a share", "--share", "name its version: `--canary candidate`")
+    named = {"version": int(version) if version is not None and version.isdecimal() else version, "share": share}
+    given = {name: value for name, value in named.items() if value is not None}
+    return (before or {}) | given if before or given else None
 
 
 @waiting_command
@@ -700,17 +774,45 @@ def predict(
         raise typer.Exit(wrong[0].exit_code)
 
 
-@command
-def scores(
+@waiting_command
+def which(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What somebody would ask.")],
+    by: Annotated[
+        Way | None,
+        typer.Option(help="`features` of each task's evaluation rows, or `energy` of its update."),
+    ] = None,
     number: AtVersion = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Show the score of every task under every version, and what was forgotten."""
+    """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
     client = Client(state_dir)
-    asked = ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model))
-    show(client.ask(asked), version_tables.scores, as_json)
+    version = _version_or_main(client, number, base_model)
+    asked = Which(texts=tuple(texts), way=by, version=version, base_model=base_model)
+    show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
+
+
+@command
+def scores(
+    number: AtVersion = None,
+    form: Annotated[
+        Literal["table", "csv", "latex"],
+        typer.Option("--format", help="A table to read, CSV with all digits, or a LaTeX table (booktabs)."),
+    ] = "table",
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the score of every task under every version, and what was forgotten."""
+    if as_json and form != "table":
+        raise InvalidInput("names two forms", "--json, --format", "leave one of them out")
+    client = Client(state_dir)
+    answer = client.ask(ShowScores(base_model=base_model, version=_version_or_main(client, number, base_model)))
+    if form == "table":
+        show(answer, version_tables.scores, as_json)
+    else:
+        print(score_texts.csv_text(answer) if form == "csv" else score_texts.latex_text(answer), end="")
 
 
 @command
@@ -778,6 +880,26 @@ def _version(client: Client, name: str, base_model: str | None) -> int:
     raise NotFound(f"there is no version, tag or branch '{name}'", todo="`onebasis versions` lists them")
 
 
+def _main_at(client: Client, at: str, base_model: str | None) -> int:
+    """The version that `main` named at a moment.
+
+    Raises:
+        NotFound: It has expired.
+    """
+    moment = moments.moment(at)
+    found = client.ask(BranchesAt(at=moment, base_model=base_model))
+    version = int(found["branches"][MAIN])
+    if found["expired"]:
+        raise NotFound(
+            f"main named version {version} at {moments.shown(moment)}, and that version has expired",
+            "--at",
+            "`onebasis history main` lists what it named before and afterwards, for --version; `onebasis store tag` or "
+            "`pin` keeps a version from expiring",
+        )
+    note(f"main named version {version} at {moments.shown(moment)}")
+    return version
+
+
 def _both_are_at(client: Client, number: int, base_model: str | None) -> bool:
     """Whether `main` and the candidate name this version."""
     at = {name: row["version"] for row in client.ask(ListVersions(base_model=base_model)) for name in row["refs"]}
@@ -826,6 +948,7 @@ for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
 app.add_typer(upkeep.mlflow_app, name="mlflow")
+app.add_typer(webhooks.webhooks_app, name="webhooks")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.measure import Measurement
 from rich.table import Table
 
+from orchestrator.commands import moments
 from orchestrator.commands.display import Json, coloured, score_text, size_text
 from subspace_store.commands.terminal import console, counted, decimals, shown
 
@@ -39,6 +40,69 @@ def versions(answer: Sequence[Json]) -> None:
             without = shown(", ".join(row["removed"]))
             how = f"without {without}" if without else "with all tasks merged at once"
             console.print(f"version {row['version']} is version {row['remakes']} {how}", soft_wrap=True)
+
+
+def branches_at(answer: Json) -> None:
+    """`onebasis versions --at`."""
+    console.print(f"at {moments.shown(answer['at'])}")
+    for name, number in answer["branches"].items():
+        console.print(f"  {name} named " + (f"version {number}" if number else "version 0, the empty one"))
+    main = answer["branches"]["main"]
+    held = ", ".join(answer["tasks"])
+    console.print(f"  main held {shown(held) or 'no task'}{_not_shown(answer)}", soft_wrap=True)
+    if answer["expired"]:
+        console.print(f"  version {main} has expired since: what it held cannot be read or exported any more")
+
+
+def history(answer: Json) -> None:
+    """`onebasis history`."""
+    if not answer["moves"]:
+        console.print(f"{answer['branch']} has not moved" + (" before that" if answer["before"] else ""))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("record", "when", "who", "what", "from", "to", "tasks", "those that stayed", "why"):
+        wraps = name in ("tasks", "why")
+        table.add_column(name, justify="right" if name in ("record", "from", "to") else "left", no_wrap=not wraps)
+    for move in answer["moves"]:
+        table.add_row(
+            str(move["seq"]), moments.shown(move["time"]), shown(move["actor"]),
+            move["how"] + (" and held" if move["holds"] and move["how"] != "held" else ""),
+            f"v{move['from']}", f"v{move['to']}" + (" (expired)" if move["expired"] else ""),
+            _tasks_of(move), _stayed(move["stayed"]), shown(move["reason"]) or "–",
+        )  # fmt: skip
+    console.print(table)
+    console.print("[dim]+ came, - left, ↻ replaced by another revision, ~ refined or merged anew[/dim]", soft_wrap=True)
+
+
+def _tasks_of(move: Json) -> str:
+    """What a move did to tasks, with the scores of those that were measured."""
+    told = []
+    for sign, kind in (("+", "came"), ("-", "left"), ("↻", "replaced"), ("~", "changed")):
+        told += [f"{sign}{shown(name)}{_pair(move['scores'].get(name))}" for name in move[kind]]
+    return ", ".join(told) + _not_shown(move) or "–"
+
+
+def _pair(scores: Sequence[float | None] | None) -> str:
+    before, after = scores or (None, None)
+    if before is None and after is None:
+        return ""
+    if before is None or after is None:
+        return f" {score_text(before if after is None else after)}"
+    return f" {score_text(before)} → {score_text(after)}"
+
+
+def _stayed(stayed: Json) -> str:
+    """The mean score of the tasks that were there before and stayed."""
+    if not stayed["measured"]:
+        return "–"
+    before, after = (score_text(stayed[name]) for name in ("before", "after"))
+    of = f"{stayed['measured']} of " if stayed["measured"] < stayed["tasks"] else ""
+    return f"{before if before == after else f'{before} → {after}'} (n = {of}{stayed['tasks']})"
+
+
+def _not_shown(answer: Json) -> str:
+    count = max(answer.get("hidden", {}).values(), default=0)
+    return f" (and {counted(count, 'task')} of other teams)" if count else ""
 
 
 def version(answer: Json) -> None:

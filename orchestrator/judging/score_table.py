@@ -7,7 +7,7 @@ moved keeps its score unmeasured; such a cell says at which version it was measu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from subspace_store.log.version import RowsScore, SubspaceState, Version
@@ -80,6 +80,21 @@ def newest_scores(state: SubspaceState, version: int, drift_max: float) -> Mappi
     for _, now in _along(state, version, drift_max):
         known = now
     return known.cells()
+
+
+def rows_of(state: SubspaceState, versions: Collection[int], drift_max: float) -> dict[int, Mapping[str, Cell]]:
+    """The rows of some versions, whatever lineages they are in: version to what `newest_scores` says of it.
+
+    Cost:
+        That of `newest_scores` once for each lineage, not for each version.
+    """
+    found: dict[int, Mapping[str, Cell]] = {0: {}}
+    for version in sorted(versions, reverse=True):
+        if version not in found:
+            found |= {
+                row.number: known.cells() for row, known in _along(state, version, drift_max) if row.number in versions
+            }
+    return found
 
 
 @dataclass

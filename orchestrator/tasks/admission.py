@@ -28,7 +28,7 @@ from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState, new_task_id
+from orchestrator.tasks.task_record import TaskRecord, TaskState, new_task_id
 from orchestrator.tasks.uploads import TeamFolder, team_folder
 from subspace_store import Storage
 from subspace_store.digests import digest
@@ -438,14 +438,7 @@ def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str
         )
     revisions = queue.revisions(published)
     _refuse_known_rows(draft, [one for one in revisions if one.came_to_something])
-    own = EarlierRows(
-        task_id=published.task_id,
-        number=published.number,
-        eval_key=published.eval_key,
-        eval_count=published.eval_count,
-        eval_sha256=published.eval_sha256,
-    )
-    earlier = (*published.earlier_rows, *((own,) if published.eval_key else ()))
+    earlier = (*published.earlier_rows, *((published.own_rows,) if published.eval_key else ()))
     return {
         "revises": published.task_id,
         "number": 1 + max(one.number for one in revisions if one.came_to_something),
@@ -503,14 +496,16 @@ class Readable:
     """Folders whose files they may name."""
     uploads: TeamFolder
     """What the team has sent."""
-    closed: Path
-    """Folder of all teams' uploads: nobody names a file there by its path, whatever the roots are."""
+    closed: tuple[Path, ...]
+    """The state folder, where the owner's token is, and in it all teams' uploads: nobody names a file there by its
+    path, unless a root of its own lies in it."""
 
     @classmethod
     def of(cls, settings: Settings, team: str) -> Readable:
         """What the settings let a team read."""
         folder = team_folder(settings, team)
-        return cls(settings.of_team(team).data_roots, folder, folder.path.parent)
+        uploads = folder.path.parent
+        return cls(settings.of_team(team).data_roots, folder, (uploads.parent, uploads))
 
     def opener(self, key: str) -> OpenFile:
         """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to
@@ -536,6 +531,10 @@ class Readable:
             raise InvalidInput(f"{place!r} is no path: {error}", key, "correct the path") from error
         # Of what was found in an upload, a file is asked for by its path.
         if not is_below(real, (*map(Path, self.roots), self.uploads.sets), self.closed):
+            own = self.closed[0]
+            if real.is_relative_to(own) and is_below(real, map(Path, self.roots)):
+                what = f"{place} is outside the folders that this service reads: {own} is its own"
+                raise InvalidInput(what, key, "put it anywhere beside that folder")
             raise InvalidInput(
                 f"{place} is outside the folders that this service reads",
                 key,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, event, func, inspect, select
+from sqlalchemy import Insert, create_engine, event, func, inspect, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
@@ -31,6 +31,10 @@ IDLE_SECONDS = 5.0
 off, must not keep the next leader waiting with what it has locked."""
 _MIGRATION_LOCK = 7_065_213
 """Postgres's advisory lock for changing the tables: any number that no other program uses."""
+_NUMBERING_LOCK = 7_065_215
+"""The same for the rows of `Database.numbered`."""
+_NUMBERED = "onebasis numbered"
+"""Key of a connection's rows that are written when its transaction ends."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,25 @@ class Database:
             NotLeading: Another control plane leads by now, so nothing is written.
         """
         with _told(self._where), self._writer.begin() as connection:
+            connection.info[_NUMBERED] = []
             if self._fence is not None:
                 self._hold_the_fence(connection, self._fence)
             yield connection
+            self._write_numbered(connection)
+
+    def numbered(self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert rows that the database numbers when `writing` ends, so that their numbers grow in the order in which
+        transactions are committed: who has read up to a number has missed none below it."""
+        connection.info[_NUMBERED].append((statement, rows))
+
+    def _write_numbered(self, connection: Connection) -> None:
+        waiting = connection.info.pop(_NUMBERED)
+        if waiting and self.is_postgres:
+            # Held from the first number to the commit. It is the last lock that a transaction takes, so none that has
+            # it waits for another one. SQLite has one writer at a time anyway.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_NUMBERING_LOCK})")
+        for statement, rows in waiting:
+            connection.execute(statement, rows)
 
     def _hold_the_fence(self, connection: Connection, fence: int) -> None:
         """Keep the leader's number as it is until this transaction ends: the next leader waits that long, and a

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0007"
+HEAD = "0009"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -193,3 +193,68 @@ audit = Table(
     Column("sha256", String(64), nullable=False),
 )
 """Every request that writes, in a chain of digests: see audit_log.py."""
+
+kept_answers = Table(
+    "kept_answers",
+    metadata,
+    Column("name", String(120), primary_key=True),
+    Column("key", String(200), primary_key=True),
+    Column("request_sha256", String(64), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("answer", Text),
+    Index("kept_answers_by_age", "at"),
+)
+"""Requests that had a key, with their answers as JSON; without one while they are carried out: see answer_book.py."""
+
+happenings = Table(
+    "happenings",
+    metadata,
+    Column("happening_id", Integer, primary_key=True, autoincrement=True),
+    Column("key", String(200), nullable=False, unique=True),
+    Column("kind", String(20), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("sentence", Text, nullable=False),
+    Column("team", String(63), nullable=False),
+    Column("task_id", String(40), nullable=False),
+    Column("title", String(130), nullable=False),
+    Column("base_model", String(63), nullable=False),
+    Column("version", BigInteger),
+    Column("is_given_out", Boolean, nullable=False),
+    Index("happenings_to_give_out", "is_given_out", "happening_id"),
+)
+"""What webhooks are told of: see outbox.py. Not numbered in the order of their commits, hence `is_given_out`."""
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("happening_id", Integer, primary_key=True, autoincrement=False),
+    Column("hook", String(130), primary_key=True),
+    Column("tries", Integer, nullable=False),
+    Column("due_at", Float),
+    Column("tried_at", Float),
+    Column("status", String(20), nullable=False),
+    Column("answer", Text, nullable=False),
+    Index("deliveries_by_due", "due_at"),
+    Index("deliveries_by_hook", "hook", "happening_id"),
+)
+"""What each webhook is sent. `due_at` is empty once it was taken, or given up."""
+
+told_logs = Table(
+    "told_logs",
+    metadata,
+    Column("base_model", String(63), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+)
+"""Base model to the last record of its version log that webhooks were told of."""
+
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("base_model", String(63), primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("is_passed", Boolean, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("code", String(40), nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""What `gate.pre_publish` answered, once for each version."""

@@ -275,6 +275,17 @@ class TaskRecord(Section):
         return not given_up and not (self.state is TaskState.PARKED and not self.version)
 
     @property
+    def own_rows(self) -> EarlierRows:
+        """Its evaluation rows, as later revisions know them."""
+        return EarlierRows(
+            task_id=self.task_id,
+            number=self.number,
+            eval_key=self.eval_key,
+            eval_count=self.eval_count,
+            eval_sha256=self.eval_sha256,
+        )
+
+    @property
     def is_scored(self) -> bool:
         """Whether there are evaluation rows, of its own or of a revision before it."""
         return bool(self.eval_key or self.earlier_rows)

@@ -140,9 +140,14 @@ def making(op: str, version: Version) -> str:
     return PRIVATE[op] if any(task.private is not None or task.is_sized for task in version.brought) else op
 
 
+def plain(op: str) -> str:
+    """An operation without what its name says of the version that it makes: `merge` for `merge-private`."""
+    return _PLAIN.get(op, op)
+
+
 def asked(op: str, **named: Any) -> str:
     """A request in short, to know it again. named: What `IDENTITY` lists for the operation; what is missing is None."""
-    op = _PLAIN.get(op, op)
+    op = plain(op)
     values = [named.get(key) or None for key in IDENTITY.get(op, ())]
     return f"{op} {digest(json.dumps(values).encode())[:16]}"
 

@@ -296,11 +296,14 @@ class VersionLog:
     def records(self, newest_first: bool = False) -> Iterator[Record]:
         """Every record up to the last that was folded. One read each."""
         last = self.state.seq
-        for seq in range(last, 0, -1) if newest_first else range(1, last + 1):
-            found = self._read(seq)
-            if found is None:
-                raise Corrupt("the record is gone", f"{self.storage.url}/{log_key(seq)}", "restore it from a backup")
-            yield found[0]
+        yield from map(self.record, range(last, 0, -1) if newest_first else range(1, last + 1))
+
+    def record(self, seq: int) -> Record:
+        """A record that was folded. One read. Raises Corrupt where it is gone."""
+        found = self._read(seq)
+        if found is None:
+            raise Corrupt("the record is gone", f"{self.storage.url}/{log_key(seq)}", "restore it from a backup")
+        return found[0]
 
     def _finish(self, record: Record, content: bytes, in_doubt: bool = False) -> None:
         winner = self._take_slot(record, content, in_doubt)

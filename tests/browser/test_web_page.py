@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from configs.task_spec import TaskSpec
-from orchestrator.api.requests import ListVersions, ShowMatrix, ShowTask, Submit
+from orchestrator.api.requests import ListVersions, ShowMatrix, ShowScores, ShowTask, Submit
+from orchestrator.commands.score_texts import latex_text
 from tests.browser.conftest import FIRST, PICTURES, Visit, Visits, loses
 from tests.browser.install import AXE
+from tests.builders import LABELS, write_rows
 from tests.orchestrator import tables
 from tests.orchestrator.site import Site
 from workers.orders import Train
@@ -152,11 +154,17 @@ def test_the_slider_puts_the_worst_task_of_that_version_first_and_all_can_be_cop
     ann.page.get_by_role("button", name="Copy as CSV").click()
     ann.page.get_by_text("4 tasks copied as CSV").wait_for()
     head, *lines = ann.page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert head == "task,born in,version 1,version 2,version 3,version 4"
+    assert head == "task,born in,base,own adapter,version 1,version 2,version 3,version 4"
     cells = {line.split(",")[0]: line.split(",")[1:] for line in lines}
     assert set(cells) == {*FIRST}
-    assert cells["blue/delta"][:4] == ["4", "", "", ""]
-    assert float(cells["red/alpha"][1]) == site.client.ask(ShowMatrix())["news"][0][0][1]
+    assert cells["blue/delta"][0] == "4"
+    assert cells["blue/delta"][3:6] == ["", "", ""]
+    assert float(cells["red/alpha"][3]) == site.client.ask(ShowMatrix())["news"][0][0][1]
+    ann.page.get_by_role("button", name="Copy as LaTeX").click()
+    ann.page.get_by_text("4 tasks copied as LaTeX").wait_for()
+    copied = ann.page.evaluate("navigator.clipboard.readText()").splitlines()
+    made = latex_text(site.client.ask(ShowScores())).splitlines()
+    assert sorted(copied) == sorted(made)  # the page has its own order of the tasks
 
 
 def test_main_is_rolled_back_after_a_look_and_forward_again(site: Site, visit: Visits) -> None:
@@ -232,16 +240,45 @@ def test_a_team_is_paused_and_goes_on(site: Site, visit: Visits) -> None:
     ann.page.get_by_text("Team red is paused").wait_for(state="hidden")
 
 
-def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
-    ann = visit()
+def compared(ann: Visit) -> Any:
+    """The dialog that compares version 1 with version 3."""
     ann.log_in("viewer")
     ann.open("Versions")
     for version in (1, 3):
         ann.page.get_by_label(f"Mark version {version}").check()
     ann.page.get_by_role("button", name="Compare").click()
-    dialog = ann.page.get_by_role("dialog", name="From version 1 to version 3")
+    return ann.page.get_by_role("dialog", name="From version 1 to version 3")
+
+
+def test_two_versions_are_compared(site: Site, visit: Visits) -> None:
+    dialog = compared(visit())
     dialog.get_by_role("row", name="red/alpha").wait_for()
     assert "blue/beta, red/gamma" in dialog.inner_text()
+
+
+def test_how_far_a_task_moved_is_shown_of_one_that_was_revised_since(site: Site, visit: Visits) -> None:
+    document = site.document("red/alpha", revises=True)
+    for kind in ("train_file", "eval_file"):
+        new = [{"text": f"{kind}: another text {i}", "label": LABELS[i % 2]} for i in range(6)]
+        document["data"][kind] = str(write_rows(site.folder / "data" / f"{kind}.jsonl", new))
+    revised = site.client.ask(Submit(task=TaskSpec.model_validate(document), by="ann"))
+    site.wait_for(revised["task_id"], "published")
+    row = compared(visit()).get_by_role("row", name="red/alpha")
+    assert re.fullmatch(r"\d\.\d\de[-+]\d+", row.get_by_role("cell").last.inner_text())
+
+
+def test_a_tab_that_is_looked_at_again_asks_nothing_twice(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("viewer")
+    ann.page.wait_for_load_state("networkidle")
+    asked = ann.page.evaluate("""() => {
+        const asked = []
+        window.fetch = url => { asked.push(url.pathname + url.search); return new Promise(() => {}) }
+        for (let turn = 0; turn < 3; turn++) document.dispatchEvent(new Event("visibilitychange"))
+        return asked
+    }""")
+    assert "/whoami" in asked
+    assert len(asked) == len({*asked})
 
 
 def test_one_task_shows_its_life_its_log_and_its_loss_while_it_trains(site: Site, visit: Visits) -> None:

@@ -58,6 +58,14 @@ def _published(folder: Path) -> Site:
     return site
 
 
+@pytest.fixture
+def bare_site(tmp_path: Path) -> Iterator[Site]:
+    """A service that listens, with one worker and nothing submitted yet."""
+    site = Site(tmp_path / "state", workers=1)
+    yield site
+    site.close()
+
+
 @pytest.fixture(scope="module")
 def _shared_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Site]]:
     """The file's own, made by the first test that asks."""

@@ -15,12 +15,13 @@ from configs.settings import TlsSettings
 from configs.task_spec import TaskSpec
 from orchestrator.api.callers import Callers
 from orchestrator.api.client import Client
-from orchestrator.api.guard import Guard
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
+from tests.orchestrator.checked_guard import CheckedGuard
 from tests.orchestrator.plant import Plant
+from workers.orders import Train
 
 TOKEN = "the-token"
 
@@ -46,9 +47,9 @@ class Site:
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
-        self.guard = Guard(self.service)
+        self.guard = CheckedGuard(self.service)
         callers = Callers(TOKEN, "ann", lambda: self.service.sources, lambda: self.service.settings)
-        self._server = http_server(api(self.guard, callers), tls)
+        self._server = http_server(api(lambda: self.guard, callers), tls)
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))
@@ -83,6 +84,16 @@ class Site:
         """Submit a task and wait until main holds it."""
         self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
         return self.wait_for(title, "published")
+
+    def train(self, *titles: str) -> None:
+        """Submit tasks and wait until they train, which they do until they are let go on."""
+        self.plant.cluster.hold = lambda order: isinstance(order, Train)
+        for title in titles:
+            before = len(self.plant.cluster.held)
+            self.client.ask(Submit(task=TaskSpec.model_validate(self.document(title)), by="ann"))
+            self.wait_for(title, "training")
+            while len(self.plant.cluster.held) == before:  # a task counts as training before its worker has the order
+                time.sleep(0.01)
 
     def wait_for(self, title: str, state: str, attempt: int = 0) -> dict[str, Any]:
         until = time.monotonic() + 10

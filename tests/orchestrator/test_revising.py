@@ -12,7 +12,7 @@ from configs.errors import Conflict, NameTaken
 from orchestrator.api.requests import Diff, PreviewRestore, ShowScores, ShowTask
 from orchestrator.api.service import Service
 from orchestrator.tasks.task_events import Reason
-from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState
+from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store import SubspaceReader
 from subspace_store.requests import Expire, Remove, RestoreRevision, Rollback
 from tests.orchestrator.plant import Plant
@@ -23,19 +23,12 @@ ALPHA = "red/alpha"
 
 def revise(plant: Plant, before: TaskRecord, **fields: Any) -> TaskRecord:
     """The next revision of a task in the queue, as admission makes it."""
-    own = EarlierRows(
-        task_id=before.task_id,
-        number=before.number,
-        eval_key=before.eval_key,
-        eval_count=before.eval_count,
-        eval_sha256=before.eval_sha256,
-    )
     number = fields.pop("number", before.number + 1)
     facts = {
         "task_id": f"{before.task_id.partition('@')[0]}@{number}",
         "number": number,
         "revises": before.task_id,
-        "earlier_rows": (*before.earlier_rows, own),
+        "earlier_rows": (*before.earlier_rows, before.own_rows),
     }
     (record,) = plant.submit(before.title, **facts | fields, spec={"revises": True})
     return record

@@ -1,6 +1,6 @@
 // Tokens, the audit log, settings, health: each as far as its reader may see it.
 import { useState } from "preact/hooks"
-import { get, mayAll, may, post, ROLES, type Json } from "./api"
+import { get, may, mayAll, post, ROLES, type Json, type Me } from "./api"
 import type { Around } from "./main"
 import { Act, Dialog, Loading, say, Table, Trouble, usePolled } from "./parts"
 import { ago, clock, seconds } from "./words"
@@ -13,7 +13,7 @@ export function Admin({ me, status }: Around) {
     <>
       <h1>Admin</h1>
       <Health status={status} />
-      <Tokens me={me} status={status} again={() => {}} base="" />
+      <Tokens me={me} />
       {mayAll(me, "admin") ? <><Audit /><Settings /></> : <p>The audit log and the settings are for admins of all teams.</p>}
     </>
   )
@@ -40,7 +40,7 @@ function Health({ status }: { status: Json }) {
   )
 }
 
-function Tokens({ me }: Around) {
+function Tokens({ me }: { me: Me }) {
   const { value, problem, again } = usePolled(() => get("tokens"), [], RARELY_MS)
   const [made, setMade] = useState<Json>()
   const [leaving, setLeaving] = useState<Json>()
@@ -78,7 +78,7 @@ function Tokens({ me }: Around) {
   )
 }
 
-function NewToken({ me, made }: { me: Around["me"]; made: (token: Json) => void }) {
+function NewToken({ me, made }: { me: Me; made: (token: Json) => void }) {
   const teams = usePolled(() => get("teams"), [], 0)
   const [name, setName] = useState("")
   const [role, setRole] = useState("viewer")

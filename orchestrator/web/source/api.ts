@@ -26,14 +26,13 @@ export class Problem extends Error {
     readonly what: string,
     readonly where = "",
     readonly todo = "",
-    readonly code = "",
   ) {
     super([where ? `${where}: ` : "", what, todo ? ` → ${todo}` : ""].join(""))
   }
 }
 
 export async function fetched(path: string, query: Record<string, unknown> = {}, init: RequestInit = {}): Promise<Response> {
-  const url = new URL(path, document.baseURI)
+  const url = new URL(`v1/${path}`, document.baseURI)
   for (const [name, value] of Object.entries(query)) {
     if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, String(value))
   }
@@ -50,7 +49,7 @@ export async function fetched(path: string, query: Record<string, unknown> = {},
     keepToken("")
     forgotten()
   }
-  throw new Problem(reply.status, told.what ?? `answered with ${reply.status}`, told.where, told.todo, told.code)
+  throw new Problem(reply.status, told.what ?? `answered with ${reply.status}`, told.where, told.todo)
 }
 
 export const get = async (path: string, query: Record<string, unknown> = {}): Promise<Json> =>
@@ -92,4 +91,4 @@ export function may(me: Me, role: string, team?: string): boolean {
   return has(me.roles["all teams"]) || has(me.roles[team])
 }
 
-export const mayAll = (me: Me, role: string) => ROLES.indexOf(me.roles["all teams"] ?? "") >= ROLES.indexOf(role)
+export const mayAll = (me: Me, role: string) => may(me, role, "all teams")

@@ -65,17 +65,49 @@ export function ordered(grid: Grid, v: number, order: Order, words: string): num
   })
 }
 
-/** The shown tasks as rows and all versions as columns. */
+/** The shown tasks as rows and all versions as columns, as `onebasis scores --format csv` has them. */
 export function csvOf(grid: Grid, shown: number[]): string {
-  const count = grid.tasks.length
   const quoted = (text: string) => (/[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text)
-  const lines = [["task", "born in", ...grid.versions.map((version) => `version ${version}`)].join(",")]
+  const lines = [["task", "born in", "base", "own adapter", ...grid.versions.map((version) => `version ${version}`)].join(",")]
   for (const t of shown) {
-    const cells = grid.versions.map((_, v) => {
-      const score = grid.scores[v * count + t]!
-      return Number.isNaN(score) ? "" : String(score)
-    })
-    lines.push([quoted(grid.tasks[t].title), grid.tasks[t].birth, ...cells].join(","))
+    const { title, birth, base, local } = grid.tasks[t]
+    const cells = scoresOf(grid, t).map((score) => (Number.isNaN(score) ? "" : String(score)))
+    lines.push([quoted(title), birth, base ?? "", local ?? "", ...cells].join(","))
   }
   return `${lines.join("\n")}\n`
+}
+
+const SPECIAL: Record<string, string> = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" }
+
+/** The same as a table for booktabs, as `onebasis scores --format latex` has it: of each task the best score in bold, where its
+ * scores differ; a prime where a score was carried over. */
+export function latexOf(grid: Grid, shown: number[], baseModel: string): string {
+  const escaped = (text: string) => text.replace(/[\\~^&%$#_{}]/g, (sign) => SPECIAL[sign] ?? `\\${sign}`)
+  const digits = (score: number | null | undefined) => (score == null || Number.isNaN(score) ? "--" : score.toFixed(4))
+  const lines = [
+    `% scores of ${escaped(baseModel)} up to version ${grid.versions.at(-1)}; \\usepackage{booktabs}`,
+    "% base: the head on the bare base model; own: the task's own adapter before merging; --: not measured",
+    "% bold: the task's best; a prime: carried over, since the task hardly moved",
+    `\\begin{tabular}{l${"r".repeat(grid.versions.length + 2)}}`,
+    "\\toprule",
+    `${["task", "base", "own", ...grid.versions.map((version) => `v${version}`)].join(" & ")} \\\\`,
+    "\\midrule",
+  ]
+  for (const t of shown) {
+    const { title, base, local } = grid.tasks[t]
+    const scores = scoresOf(grid, t)
+    const known = new Set(scores.filter((score) => !Number.isNaN(score)))
+    const best = known.size > 1 ? Math.max(...known) : NaN
+    const cells = scores.map((score, v) => {
+      const carried = Number.isNaN(score) || grid.measured[v * grid.tasks.length + t] ? "" : "$'$"
+      return (score === best ? `\\textbf{${digits(score)}}` : digits(score)) + carried
+    })
+    lines.push(`${[escaped(title), digits(base), digits(local), ...cells].join(" & ")} \\\\`)
+  }
+  return [...lines, "\\bottomrule", "\\end{tabular}", ""].join("\n")
+}
+
+/** The scores of a task, one for each version; NaN where there is none. */
+function scoresOf(grid: Grid, t: number): number[] {
+  return grid.versions.map((_, v) => (grid.births[t]! > v ? NaN : grid.scores[v * grid.tasks.length + t]!))
 }

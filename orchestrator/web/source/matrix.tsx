@@ -2,7 +2,7 @@
 import { useCallback, useEffect, useMemo, useState } from "preact/hooks"
 import { get, save, type Json } from "./api"
 import { Canvas, type Size } from "./canvas"
-import { csvOf, gridOf, ordered, type Grid, type Order } from "./grid"
+import { csvOf, gridOf, latexOf, ordered, type Grid, type Order } from "./grid"
 import type { Around } from "./main"
 import { colour, css, ink } from "./palette"
 import { Dialog, Empty, Loading, say, State, Table, taskLink, Trouble, usePolled } from "./parts"
@@ -44,14 +44,13 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
   const open = useCallback((t: number, inV: number) => setCell({ t, v: inV }), [])
   // The same element as before is not drawn anew.
   const listed = useMemo(() => <Listed grid={grid} v={settled} order={order} words={words} open={open} />, [grid, settled, order, words, open])
-  const copy = async () => {
-    const csv = csvOf(grid, shown)
+  const copy = async (text: string, form: string, name: string) => {
     try {
-      await navigator.clipboard.writeText(csv)
-      say(`${count(shown.length, "task")} copied as CSV`)
+      await navigator.clipboard.writeText(text)
+      say(`${count(shown.length, "task")} copied as ${form}`)
     } catch {
-      save(new Blob([csv], { type: "text/csv" }), "matrix.csv")
-      say("The browser lets no page copy here: saved as matrix.csv instead")
+      save(new Blob([text], { type: "text/plain" }), name)
+      say(`The browser lets no page copy here: saved as ${name} instead`)
     }
   }
   return (
@@ -65,7 +64,8 @@ function Shown({ grid, base, hidden }: { grid: Grid; base: string; hidden: numbe
         <label>Tasks <select value={order} onChange={(event) => setOrder(event.currentTarget.value as Order)}>{Object.entries(ORDERS).map(([name, text]) => <option key={name} value={name}>{text}</option>)}</select></label>
         <label>Cells <select value={size} onChange={(event) => setSize(event.currentTarget.value as Size)}>{Object.entries(SIZES).map(([name, text]) => <option key={name} value={name}>{text}</option>)}</select></label>
         <label>Find <input type="search" value={words} placeholder="team/name" onInput={(event) => setWords(event.currentTarget.value)} /></label>
-        <button type="button" onClick={copy}>Copy as CSV</button>
+        <button type="button" onClick={() => copy(csvOf(grid, shown), "CSV", "matrix.csv")}>Copy as CSV</button>
+        <button type="button" onClick={() => copy(latexOf(grid, shown, base), "LaTeX", "matrix.tex")}>Copy as LaTeX</button>
       </div>
       <p class="facts">
         <span>{count(shown.length, "task")} × {count(grid.versions.length, "version")}</span>

@@ -63,9 +63,9 @@ export function Buttons({ task, me, again }: { task: Json; me: Me; again: () => 
   )
 }
 
-function Bulk({ me, status, again }: Around) {
+function Bulk({ me, known, again }: { me: Me; known: string[]; again: () => void }) {
   const teams = Object.keys(me.roles).filter((team) => may(me, "maintainer", team))
-  const all = teams.includes("all teams") ? Object.keys(status.teams_known ?? {}) : teams
+  const all = teams.includes("all teams") ? known : teams
   const [team, setTeam] = useState("")
   const [change, setChange] = useState("pause")
   const chosen = team || all[0] || ""
@@ -85,15 +85,14 @@ function Bulk({ me, status, again }: Around) {
   )
 }
 
-export function Now(around: Around) {
-  const { me, status } = around
+export function Now({ me, status, again: reread }: Around) {
   const live = usePolled(() => get("tasks", { live: true, limit: AT_ONCE }), [])
   const ended = usePolled(() => get("tasks", { limit: ENDED }), [])
   const teams = usePolled(() => get("teams"), [])
   const again = () => {
     live.again()
     ended.again()
-    around.again()
+    reread()
   }
   const tasks: Json[] = live.value ?? []
   const waiting = tasks.filter((task) => task.state === "queued").sort((a, b) => (a.place ?? 1e9) - (b.place ?? 1e9))
@@ -101,7 +100,6 @@ export function Now(around: Around) {
   const counts: Record<string, number> = status.tasks ?? {}
   const titles = new Map(tasks.map((task) => [task.task_id, task.title]))
   const named = (text: string) => text.replace(/\bt[0-9a-f]{21}\b/g, (id) => titles.get(id) ?? id)
-  const known = { ...around, again, status: { ...status, teams_known: teams.value?.teams } }
   return (
     <>
       <h1>Now</h1>
@@ -150,7 +148,7 @@ export function Now(around: Around) {
             </Table>
           )}
           {tasks.length >= AT_ONCE && <p>The newest {AT_ONCE} live tasks are shown. <code>onebasis tasks --limit</code> lists more.</p>}
-          <Bulk {...known} />
+          <Bulk me={me} known={Object.keys(teams.value?.teams ?? {})} again={again} />
         </>
       )}
       <h2>Teams</h2>

@@ -3,10 +3,11 @@ import type { ComponentChildren } from "preact"
 import { useCallback, useEffect, useRef, useState } from "preact/hooks"
 import { Problem } from "./api"
 
-export const POLL_MS = 2000
+const POLL_MS = 2000
 
-/** The newest answer, asked for again and again while the page is seen. `on`: what the question depends on. */
-export function usePolled<T>(ask: () => Promise<T>, on: unknown[], every = POLL_MS) {
+/** The newest answer, asked for again and again while the page is seen. `ask` is handed the answer before, `on` is what the
+ * question depends on. */
+export function usePolled<T>(ask: (before?: T) => Promise<T>, on: unknown[], every = POLL_MS) {
   const [found, setFound] = useState<{ value?: T; problem?: Error; key: string }>({ key: "" })
   const [turn, setTurn] = useState(0)
   const key = JSON.stringify(on)
@@ -14,20 +15,24 @@ export function usePolled<T>(ask: () => Promise<T>, on: unknown[], every = POLL_
   asked.current = ask
   useEffect(() => {
     let isOver = false
+    let isAsking = false
     let timer: number | undefined
+    let value: T | undefined
     const step = async () => {
       if (!document.hidden) {
+        isAsking = true
         try {
-          const value = await asked.current()
+          value = await asked.current(value)
           if (!isOver) setFound({ value, key })
         } catch (problem) {
           if (!isOver) setFound((before) => ({ ...(before.key === key ? before : {}), problem: problem as Error, key }))
         }
+        isAsking = false
       }
       if (!isOver && every) timer = window.setTimeout(step, every)
     }
     const seen = () => {
-      if (!document.hidden) {
+      if (!document.hidden && !isAsking) { // else there would be two who ask from then on
         clearTimeout(timer)
         void step()
       }

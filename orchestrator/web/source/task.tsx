@@ -1,44 +1,31 @@
 // One task: where it is and why, its life, its loss and log as they come, its scores under every version, its adapter.
-import { useEffect, useMemo, useState } from "preact/hooks"
+import { useMemo } from "preact/hooks"
 import { get, inPath, may, post, saved, type Json } from "./api"
 import { Chart, type Line } from "./chart"
 import { gridOf } from "./grid"
 import type { Around } from "./main"
 import { Buttons, Progress } from "./now"
-import { Act, Empty, Loading, POLL_MS, State, Table, Trouble, usePolled } from "./parts"
+import { Act, Empty, Loading, State, Table, Trouble, usePolled } from "./parts"
 import { change, clock, score, seconds } from "./words"
 
 const LOG_LINES = 400
+const PAGE = 1000
 
-/** A task's history so far; only what is new is asked for. */
-function useHistory(taskId: string | undefined) {
-  const [events, setEvents] = useState<Json[]>([])
-  useEffect(() => {
-    if (!taskId) return
-    let isOver = false
-    let timer: number | undefined
-    let last = 0
-    setEvents([])
-    const step = async () => {
-      if (!document.hidden) {
-        try {
-          const news: Json[] = await get(`logs/${inPath(taskId)}`, { after: last })
-          if (isOver) return
-          if (news.length) {
-            last = news.at(-1).event_id
-            setEvents((before) => [...before, ...news])
-          }
-        } catch { /* the page says already that the service does not answer */ }
-      }
-      if (!isOver) timer = window.setTimeout(step, POLL_MS)
-    }
-    void step()
-    return () => {
-      isOver = true
-      clearTimeout(timer)
-    }
+const NO_EVENTS: Json[] = []
+
+/** A task's history so far; only what is new is asked for. That the service does not answer, the page says already. */
+function useHistory(taskId: string | undefined): Json[] {
+  const { value } = usePolled<Json[]>(async (before = NO_EVENTS) => {
+    if (!taskId) return before
+    let events = before
+    let news: Json[]
+    do { // of a long history, page after page
+      news = await get("events", { reference: taskId, after: events.at(-1)?.event_id, limit: PAGE })
+      if (news.length) events = [...events, ...news]
+    } while (news.length === PAGE)
+    return events
   }, [taskId])
-  return events
+  return value ?? NO_EVENTS
 }
 
 function curves(events: Json[]): Line[] {

@@ -155,7 +155,8 @@ function Rollback({ to, base, close, moved }: { to: number; base: string; close:
 function Compare({ old, now, base, close }: { old: number; now: number; base: string; close: () => void }) {
   const { value, problem } = usePolled(() => get(`diff/${old}/${now}`, { base_model: base }), [old, now, base], 0)
   const scores: [string, (number | null)[]][] = Object.entries(value?.scores ?? {})
-  const ids: Record<string, string> = Object.fromEntries(Object.entries(value?.titles ?? {}).map(([id, title]) => [title as string, id]))
+  // A version holds one revision of a task: of those that both hold, a title says which is meant.
+  const drift: Record<string, number> = Object.fromEntries(Object.entries(value?.drift_bound ?? {}).map(([id, most]) => [value.titles[id], most]))
   return (
     <Dialog title={`From version ${old} to version ${now}`} close={close}>
       <Trouble problem={problem} />
@@ -172,7 +173,7 @@ function Compare({ old, now, base, close }: { old: number; now: number; base: st
                 <td class="number">{before?.toFixed(4) ?? "–"}</td>
                 <td class="number">{after?.toFixed(4) ?? "–"}</td>
                 <td class="number">{before != null && after != null ? change(after - before) : "–"}</td>
-                <td class="number">{value.drift_bound[ids[title] ?? ""]?.toExponential(2) ?? "–"}</td>
+                <td class="number">{drift[title]?.toExponential(2) ?? "–"}</td>
               </tr>
             ))}
           </Table>

@@ -25,7 +25,6 @@ from subspace_store.formats.peft import read_peft_folder, write_peft_folder
 from subspace_store.requests import Quarantine, Remove, Tag, Unquarantine
 from tests.builders import LAYOUT, adapter
 from tests.orchestrator.site import Site
-from workers.orders import Train
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 Onebasis = Callable[..., Result]
@@ -51,7 +50,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    running = {"up", "down", "reload", "status"}
+    running = {"up", "down", "reload", "status", "doctor", "backup", "restore", "upgrade"}
     of_tasks = {
         "submit",
         "import",
@@ -67,19 +66,32 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
-    of_answers = {"predict", "serve"}
-    of_versions = {"versions", "version", "diff", "rollback", "rollback-task", "export", "scores", "capacity"}
+    of_answers = {"predict", "which", "serve"}
+    of_versions = {
+        "versions",
+        "version",
+        "history",
+        "diff",
+        "rollback",
+        "rollback-task",
+        "export",
+        "scores",
+        "capacity",
+    }
     of_people = {"whoami", "audit", "login", "token", "context"}
-    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store"}
+    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store", "webhooks", "mlflow"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
         "context list",
         "context use",
+        "webhooks list",
+        "webhooks test",
+        "mlflow rebuild",
     }
 
 
-GROUPS = ("token", "context")
+GROUPS = ("token", "context", "webhooks", "mlflow")
 INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
-HERE = {"up", "down", "reload", "simulate", "serve"}
+HERE = {"up", "down", "reload", "simulate", "serve", "doctor", "backup", "restore", "upgrade"}
 """Commands that are about this machine, whatever service others ask."""
 
 
@@ -672,10 +684,7 @@ def test_a_worker_is_drained_and_taken_back_and_shown_by_its_pool(site: Site, on
 def test_drain_with_wait_stays_until_what_trains_has_ended_and_tells_how_it_gets_on(
     site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
     looks = []
 
     def released(seconds: float) -> None:
@@ -699,10 +708,7 @@ def test_drain_with_wait_stays_until_what_trains_has_ended_and_tells_how_it_gets
 def test_drain_with_wait_ends_when_somebody_takes_the_drain_back_or_types_ctrl_c(
     site: Site, onebasis: Onebasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
 
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from configs.errors import OnebasisError, WorkersBusy
-from configs.task_spec import TaskSpec
 from orchestrator.api.client import REMOTE, Client, Remote
-from orchestrator.api.requests import Json, Submit
+from orchestrator.api.requests import Json
 from orchestrator.commands.prediction import LOADS, predict
 from tests.orchestrator.site import TOKEN, Site
-from workers.orders import Train
 
 
 def asked(client: Client) -> Json:
@@ -20,10 +18,7 @@ def asked(client: Client) -> Json:
 @pytest.fixture
 def busy(site: Site) -> Site:
     """A service whose two workers train."""
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        site.client.ask(Submit(task=TaskSpec.model_validate(site.document(f"red/{name}")), by="ann"))
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
     return site
 
 

@@ -475,7 +475,6 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_restored_with_the_runs_it_h
 def test_what_ended_long_ago_is_not_read_again_and_a_row_that_cannot_be_read_stops_nothing(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_queue, "EVENTS_AT_ONCE", 0)
     mirror = mirrored.fresh_mirror()
     mirror.sync()
     read: list[str] = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,12 +17,8 @@ Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path / "state", workers=1)
-    try:
-        yield site
-    finally:
-        site.close()
+def site(bare_site: Site) -> Site:
+    return bare_site
 
 
 def scraped(site: Site, token: str = TOKEN) -> Found:

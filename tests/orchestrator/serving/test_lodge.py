@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from configs.errors import TooManyRequests, Unavailable, UnknownToken
@@ -17,12 +14,8 @@ NOBODY = "http://127.0.0.1:1"
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path / "state", workers=1)
-    try:
-        yield site
-    finally:
-        site.close()
+def site(bare_site: Site) -> Site:
+    return bare_site
 
 
 def lodger(url: str, per_second: float | None = None) -> Lodger:

@@ -520,6 +520,22 @@ def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Pat
         assert str(desk.data) in text
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_the_services_own_folder_is_not_read_though_it_lies_below_an_allowed_one(desk: Desk, link: bool) -> None:
+    own = desk.data / ".onebasis"
+    file = write_rows(own / "frozen.jsonl", rows(4))
+    desk.settings = settings(own, data_roots=[str(desk.data)])
+    if link:
+        (desk.data / "looks-harmless.jsonl").symlink_to(file)
+        file = desk.data / "looks-harmless.jsonl"
+    text = desk.refuse(desk.document(data={"train_file": str(file)}))
+    assert f"{file} is outside the folders that this service reads: {own} is its own" in text
+    assert desk.submit(desk.document())[1]
+    desk.settings = settings(own, data_roots=[str(own / "rows")])  # asked for by name
+    inside = {"train_file": str(write_rows(own / "rows/train.jsonl", rows(4))), "eval_file": None, "eval_fraction": 0.5}
+    assert desk.submit(desk.document("red/inside", data=inside))[1]
+
+
 def test_a_folder_whose_name_only_begins_like_an_allowed_one_is_refused(desk: Desk, tmp_path: Path) -> None:
     sibling = write_rows(tmp_path / "data-of-others/train.jsonl", rows(4))
     assert "is outside" in desk.refuse(desk.document(data={"train_file": str(sibling)}))
