@@ -410,7 +410,7 @@ def _start_what_is_missing(
 
 
 def stay(state_dir: Path, say: Say) -> None:
-    """Wait while the service runs, for a supervisor that restarts what ends: systemd, a container. SIGTERM and Ctrl-C end
+    """Wait while the service runs, for what restarts it: systemd, a container. SIGTERM and Ctrl-C end
     the service in order.
 
     Raises:
