@@ -2,6 +2,8 @@
 
     make bench-serving                 three minutes: what a batch costs
     make bench-serving BENCH=http      two minutes: a real service that answers over HTTP (serving_service.py)
+    make bench-serving BENCH=scoring   two minutes: many small tasks scored together, and one after another
+    make bench-serving BENCH="routing FOLDER"   ten minutes: which task a text is for (routing.py)
 
 A store of 1,000 tasks on MiniLM-L6: six seeds make the basis, the others are coefficients in it, as `auto` keeps them
 of related tasks (rank 16 of some 30 directions), each with a head of three labels. Rows are the evaluation rows of
@@ -37,14 +39,17 @@ from configs.task_spec import Kind, TaskSpec, read_task_spec  # noqa: E402
 from subspace_store import Adapter, ModuleUpdate, SubspaceStore  # noqa: E402
 from subspace_store.adapter import SIZED  # noqa: E402
 from subspace_store.formats.peft import to_peft  # noqa: E402
+from subspace_store.storage.protocol import Storage  # noqa: E402
 from tests.subspace_store.builders import fresh_storage, merged, random_adapter, trained_in  # noqa: E402
 from tests.workers.worker_builders import random_head  # noqa: E402
 from workers.base_model import BaseModel  # noqa: E402
 from workers.evaluation import adapted_model  # noqa: E402
 from workers.features import collator  # noqa: E402
+from workers.orders import Evaluate, EvaluateTogether, Progress  # noqa: E402
 from workers.peft_model import put_tensors  # noqa: E402
 from workers.rows.task_data import Row  # noqa: E402
 from workers.serving.mixed_batch import Asked, MixedBatch  # noqa: E402
+from workers.worker import evaluate_together, evaluate_version  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/serving.json"
 TASKS, SEEDS, SEED_RANK, RANK, LABELS = 1000, 6, 5, 16, 3
@@ -55,6 +60,7 @@ BATCHES = 12
 COUNTS = (1, 10, 100, 1000)
 TARGETS = ("query", "value")
 KIND: Kind = "sequence_classification"
+SCORED, SCORED_ROWS, REPEATS = 40, (20, 64), 3
 
 
 def main() -> None:
@@ -63,10 +69,16 @@ def main() -> None:
         from benchmarks import serving_service
 
         return told(serving_service.measure())
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["routing"] and len(sys.argv) == 3:
+        from benchmarks import routing
+
+        return told({"routing": routing.measure(Path(sys.argv[2]))})
+    if sys.argv[1:] not in ([], ["scoring"]):
         raise SystemExit(__doc__)
     torch.set_num_threads(1)
     base = base_model()
+    if sys.argv[1:]:
+        return told({"scoring": scoring(base)})
     spec = read_task_spec(next(iter(sorted((ROOT / "examples/tasks").glob("*.yaml")))))
     rows = read(spec, spec.data.eval_file, ROWS * BATCHES)
     names = tuple(f"label-{n}" for n in range(LABELS))
@@ -77,13 +89,58 @@ def main() -> None:
     return told(found)
 
 
+def scoring(base: BaseModel) -> dict[str, Any]:
+    """What a worker takes to score `SCORED` tasks of `count` rows each, in turns: one order for each, and one for all.
+    The scores and all rows' results are the same, or this fails."""
+    store = many_tasks(base, SCORED)
+    version, storage = store.state.refs["candidate"], store.storage
+    found: dict[str, Any] = {"tasks": SCORED}
+    for count in SCORED_ROWS:
+        orders = tuple(_order(base, storage, version, task, count) for task in range(SCORED))
+        seconds: dict[str, list[float]] = {"alone": [], "together": []}
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            alone = [evaluate_version(order, base, storage, store, _unheard, lambda: "") for order in orders]
+            seconds["alone"].append(time.perf_counter() - began)
+            kept = [storage.read(order.results_key) for order in orders]
+            began = time.perf_counter()
+            whole = EvaluateTogether(token="", version=version, orders=orders)
+            together = evaluate_together(whole, base, storage, store, _unheard, lambda: "")
+            seconds["together"].append(time.perf_counter() - began)
+            assert [one.score for one in alone] == [getattr(one, "score", None) for one in together.outcomes]
+            assert kept == [storage.read(order.results_key) for order in orders]
+        medians = {way: statistics.median(times) for way, times in seconds.items()}
+        found[f"{count}_rows"] = medians | {"times_faster": medians["alone"] / medians["together"]}
+    return found
+
+
+def _order(base: BaseModel, storage: Storage, version: int, task: int, count: int) -> Evaluate:
+    spec = read_task_spec(next(iter(sorted((ROOT / "examples/tasks").glob("*.yaml")))))
+    rows = read(spec, spec.data.eval_file, ROWS * BATCHES)
+    names = tuple(f"label-{n}" for n in range(LABELS))
+    data = {"train_file": "-", "eval_file": "-", "label_names": names, "max_length": spec.data.max_length}
+    some = random.Random(task).sample(list(rows), count)
+    lines = [json.dumps({"text": row.text, "label": names[n % LABELS]}) for n, row in enumerate(some)]  # type: ignore[union-attr]
+    storage.write(key := f"data/{task}-{count}", "\n".join(lines).encode())
+    small = TaskSpec.model_validate(
+        {"team": "bench", "name": f"t{task}", "base_model": base.name, "kind": KIND, "data": data}
+    )
+    return Evaluate(
+        token=f"{task}", task_id=f"t{task}", version=version, spec=small, eval_key=key, results_key=f"results/{task}"
+    )
+
+
+def _unheard(_: Progress) -> None:
+    """A heartbeat that nobody asks for."""
+
+
 def told(found: dict[str, Any]) -> None:
     print(json.dumps(found, indent=1))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {"date": time.strftime("%Y-%m-%d")} | found, indent=1) + "\n")
 
 
-def many_tasks(base: BaseModel) -> SubspaceStore:
+def many_tasks(base: BaseModel, count: int = TASKS) -> SubspaceStore:
     """A store in memory: seeds, and tasks inside their basis."""
     settings = SubspaceSettings(renew_tasks=0)
     store = SubspaceStore.open(fresh_storage(), settings=settings, base_model=base.name, writer="benchmark")
@@ -96,8 +153,8 @@ def many_tasks(base: BaseModel) -> SubspaceStore:
     for seed in range(SEEDS):
         merged(store, {f"seed-{seed}": adapter(seed, random_adapter(seed, SEED_RANK, shapes, 0.02).modules)})
     bases = store.training_basis(SEEDS)
-    for start in range(0, TASKS, AT_ONCE):
-        tasks = range(start, min(TASKS, start + AT_ONCE))
+    for start in range(0, count, AT_ONCE):
+        tasks = range(start, min(count, start + AT_ONCE))
         merged(store, {f"t{task}": adapter(task, trained_in(bases, 1000 + task, RANK).modules) for task in tasks})
     return store
 

@@ -49,7 +49,7 @@ class Exit(IntEnum):
     """What a command's exit code says: one for each group of errors, and for each end of a task that was waited for."""
 
     DONE = 0, "done; the task that was waited for is published"
-    INTERNAL = 1, "an error inside onebasis"
+    INTERNAL = 1, "an error inside onebasis; of `onebasis doctor`: a check failed"
     INPUT = 2, "wrong usage or input: correct it"
     NOT_FOUND = 3, "no such task, version or name"
     CONFLICT = 4, "somebody else came first, or it is taken: look again"
@@ -102,6 +102,11 @@ class OnebasisError(Exception):
     def row(self) -> str:
         """The code under which docs/trouble.md says what to do: the class's own, else the group's."""
         return self.code or self.kind
+
+    @property
+    def title(self) -> str:
+        """What all errors of the class have in common, in one sentence."""
+        return (type(self).__doc__ or self.row).partition(". ")[0].strip().rstrip(".").partition("\n")[0]
 
     @property
     def sentence(self) -> str:

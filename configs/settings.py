@@ -390,6 +390,17 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
 
 
+class CanarySettings(Section):
+    """A share of the requests that another version answers than `main`'s, to be compared on what is really asked."""
+
+    version: Literal["candidate"] | int = "candidate"
+    """Version: `candidate`, whichever waits for its verdict, or a number."""
+    share: float = Field(0.05, gt=0, le=1)
+    """Share of the requests, chosen by their keys."""
+    shadow: float = Field(1.0, ge=0, le=1)
+    """Share of those that `main`'s version answers, too, when nobody waits: by these the two are compared."""
+
+
 class ServingSettings(Section):
     """What answers over HTTP, beside the control plane: a Ray Serve application (`onebasis serve`)."""
 
@@ -408,6 +419,8 @@ class ServingSettings(Section):
     """Rows of a batch, and requests at once for which one replica is enough."""
     waiting_max: int = Field(512, ge=1)
     """Most requests at once of a replica; further ones wait before it."""
+    canary: CanarySettings | None = None
+    """Another version that answers a share of the requests; None: none does."""
 
     @property
     def url(self) -> str:
@@ -456,7 +469,8 @@ class Settings(Section):
     oidc: OidcSettings | None = None
     """Identity provider whose tokens are taken, too."""
     production: bool = False
-    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token."""
+    """Whether `up` refuses what is fit for trying out alone: an API without TLS, SQLite, a cluster without a token, a
+    storage that fails `onebasis doctor`."""
 
     @model_validator(mode="after")
     def _base_models_have_names(self) -> Settings:

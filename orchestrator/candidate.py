@@ -37,6 +37,7 @@ from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
 from orchestrator.judging.gate import Decision, PairedDifference, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
+from orchestrator.judging.scoring_groups import groups
 from orchestrator.pending_calls import StoreCalls, Writing
 from orchestrator.pre_publish import GRACE_SECONDS, PrePublish, question_of
 from orchestrator.refinement import Refinement
@@ -55,12 +56,13 @@ from orchestrator.tasks.task_record import TaskRecord, TaskState, results_key
 from orchestrator.tasks.verdict_book import VerdictBook
 from orchestrator.unused_files import UnusedFiles
 from orchestrator.verdict import ScoringFailure, VerdictInProgress
-from orchestrator.worker_pool import ModelWorkers, keys_of_earlier_rows
+from orchestrator.worker_pool import ModelWorkers, keys_of_earlier_rows, scorings
 from subspace_store import StagedAdapter, Storage, SubspaceReader
+from subspace_store.digests import digest
 from subspace_store.log.version import CANDIDATE, MAIN, RowsScore, TaskScore
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from subspace_store.strict import as_text
-from workers.orders import Evaluate, Evaluated, Failed, Outcome, Train
+from workers.orders import Evaluate, Evaluated, EvaluatedTogether, EvaluateTogether, Failed, Outcome, Train
 from workers.results import read_results
 
 log = logging.getLogger("onebasis.controller")
@@ -357,23 +359,30 @@ class Candidate:
         return None
 
     def _send_evaluations(self, version: int, missing: Sequence[TaskRecord]) -> None:
-        flying = {o.task_id for o in self._workers.orders if isinstance(o, Evaluate) and o.version == version}
+        flying = {one.task_id for order in self._workers.orders for one in scorings(order) if one.version == version}
         waiting = [record for record in missing if record.task_id not in flying]
-        for worker, record in zip(self._workers.free_workers(), waiting, strict=False):
-            token = f"{version}-{record.task_id}-{self._verdict.tries}"
-            results = results_key(record.task_id, version)
-            self._workers.give(
-                worker,
-                Evaluate(
-                    token=token,
-                    task_id=record.task_id,
-                    version=version,
-                    spec=record.spec,
-                    eval_key=record.eval_key,
-                    results_key=results,
-                    earlier_rows=keys_of_earlier_rows(record),
-                ),
-            )
+        free = self._workers.free_workers()
+        if not waiting or not free:
+            return
+        base = self._settings.base(waiting[0].base_model)
+        for worker, group in zip(free, groups(waiting, base, len(free), self._verdict.apart), strict=False):
+            orders = tuple(self._evaluation(version, record) for record in group)
+            if len(orders) == 1:
+                self._workers.give(worker, orders[0])
+            else:
+                token = f"{version}-{digest(' '.join(one.token for one in orders).encode())[:16]}"
+                self._workers.give(worker, EvaluateTogether(token=token, version=version, orders=orders))
+
+    def _evaluation(self, version: int, record: TaskRecord) -> Evaluate:
+        return Evaluate(
+            token=f"{version}-{record.task_id}-{self._verdict.tries}",
+            task_id=record.task_id,
+            version=version,
+            spec=record.spec,
+            eval_key=record.eval_key,
+            results_key=results_key(record.task_id, version),
+            earlier_rows=keys_of_earlier_rows(record),
+        )
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
         """Take the outcome of an order to refine a published task again."""
@@ -381,8 +390,23 @@ class Candidate:
             self.stop(outcome.cause)
         self._refinement.take(order, outcome)
 
-    def take_evaluation(self, order: Evaluate, outcome: Outcome) -> None:
+    def take_evaluation(self, order: Evaluate | EvaluateTogether, outcome: Outcome) -> None:
         """Take the outcome of a scoring order."""
+        if isinstance(order, Evaluate):
+            self._take_score(order, outcome)
+        elif isinstance(outcome, EvaluatedTogether):
+            for one, its in zip(order.orders, outcome.outcomes, strict=True):
+                self._take_score(one, its)
+        elif isinstance(outcome, Failed) and outcome.cause is not None:
+            self.stop(outcome.cause)
+        elif isinstance(outcome, Failed) and order.version == self._verdict.version:
+            # Nobody knows which of them it was: each has a worker to itself now, and a budget of its own.
+            self._verdict.apart |= {one.task_id for one in order.orders}
+            self._verdict.tries += 1
+            what = "scoring %d tasks together at version %d came to nothing, each is scored alone: %s\n%s"
+            log.warning(what, len(order.orders), order.version, outcome.message, outcome.detail)
+
+    def _take_score(self, order: Evaluate, outcome: Outcome) -> None:
         current = self._verdict
         if order.version != current.version:
             return  # it was judged, or is gone
@@ -396,6 +420,7 @@ class Candidate:
             )
             return
         current.tries += 1
+        current.apart.add(order.task_id)
         if isinstance(outcome, Failed) and outcome.fault in ("lost", "died"):
             current.count(order.task_id, outcome.fault)
             current.lost_as = outcome.message

@@ -58,10 +58,10 @@ from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_st
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
-from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, train_order
+from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, scorings, train_order
 from subspace_store import SubspaceReader
 from subspace_store.log.version import Identity
-from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Train, Trained
+from workers.orders import BaseLayout, Evaluate, EvaluateTogether, Failed, Order, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
@@ -389,8 +389,8 @@ class Controller:
                 self.subspaces[order.spec.base_model].candidate.take_refinement(order, outcome)
             case Train() as order, outcome:
                 self._finish_training(order, outcome)
-            case Evaluate() as order, outcome:
-                self.subspaces[order.spec.base_model].candidate.take_evaluation(order, outcome)
+            case (Evaluate() | EvaluateTogether()) as order, outcome:
+                self.subspaces[scorings(order)[0].spec.base_model].candidate.take_evaluation(order, outcome)
 
     def _finish_training(self, order: Train, outcome: Outcome) -> None:
         now = time.time()

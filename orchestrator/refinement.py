@@ -31,7 +31,7 @@ from orchestrator.worker_pool import ModelWorkers, again_order
 from subspace_store import StagedAdapter, SubspaceReader, digest
 from subspace_store.log.version import CANDIDATE
 from subspace_store.requests import Refine
-from workers.orders import Evaluated, Outcome, Train, Trained
+from workers.orders import Failed, Outcome, Train, Trained
 
 log = logging.getLogger("onebasis.controller")
 
@@ -149,7 +149,7 @@ class Refinement:
 
     def take(self, order: Train, outcome: Outcome) -> None:
         """Take the outcome of an order of `again_order`. A task that cannot be refined stays as the merge left it."""
-        assert not isinstance(outcome, Evaluated)
+        assert isinstance(outcome, Trained | Failed)
         if self._queue.get(order.task_id).again_token != order.token:  # else they were logged before a restart
             self._queue.append_log(order.task_id, outcome.log_lines)
         if order.refine_version != self._verdict.version:

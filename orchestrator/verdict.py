@@ -50,6 +50,8 @@ class VerdictInProgress:
     """The same of those that ended with their process while its machine went on."""
     lost_as: str = ""
     """How the last of them ended."""
+    apart: set[str] = field(default_factory=set)
+    """Ids of the tasks that are scored alone, since an order to score them came to nothing."""
     tries: int = 0
     """Number of orders without a result: the next one needs another token, since a worker remembers its answers."""
 

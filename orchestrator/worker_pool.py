@@ -28,7 +28,18 @@ from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import Drain, TaskRecord, TaskState, local_results, staging_key
 from workers.gang import NoPlace, needed
-from workers.orders import BaseLayout, Evaluate, Failed, Order, Outcome, Phase, Progress, RankLost, Train
+from workers.orders import (
+    BaseLayout,
+    Evaluate,
+    EvaluateTogether,
+    Failed,
+    Order,
+    Outcome,
+    Phase,
+    Progress,
+    RankLost,
+    Train,
+)
 from workers.process_monitor import ProcessEnd
 
 log = logging.getLogger("onebasis.controller")
@@ -175,6 +186,8 @@ class WorkerStatus:
                 return before + (f"refining {task_id} at version {version}" if version else f"{does} {task_id}")
             case Evaluate(task_id=task_id, version=version):
                 return f"{before}scoring {task_id} at version {version}"
+            case EvaluateTogether(orders=orders, version=version):
+                return f"{before}scoring {len(orders)} tasks together at version {version}"
         if self.ready:
             return f"{before}free" if not self.sure_at else f"{before}asked whether it was lost with another worker"
         if self.error is not None and not isinstance(self.error, NoPlace):
@@ -306,7 +319,8 @@ class WorkerPool:
         return [
             *(self._attempt(record, now) for record in attempts),
             *(
-                Running(w.order.spec.team, w.given_at, 0.0, pool=w.pool, ranks=self.ranks(w.name))
+                # Tasks of several teams count as the first one's while they are scored; then each pays its own.
+                Running(charged(w.order)[0].spec.team, w.given_at, 0.0, pool=w.pool, ranks=self.ranks(w.name))
                 for w in for_versions
                 if w.order
             ),
@@ -358,8 +372,7 @@ class WorkerPool:
                 self._alarms.ring_for(error, worker.name)
             self._pending_calls.later(f"order:{worker.name}")
             if not worker.waits:
-                token = f"{order.token}@{worker.given_at:.3f}"
-                self._charge(worker, order, "away", token, time.time() - worker.given_at)
+                self._charge(worker, order, "away", f"@{worker.given_at:.3f}", time.time() - worker.given_at)
             return None
         except Corrupt as error:  # the worker is well, and no task is to blame
             log.error("%s: order %s met a damaged store: %s", worker.name, order.token, error.sentence)
@@ -385,15 +398,17 @@ class WorkerPool:
             self._doubt_all()
         if not has_lease(order):  # else its cost is written with the task's event
             seconds = outcome.worker_seconds
-            what = "score" if isinstance(order, Evaluate) else "refine again"
+            what = "score" if scorings(order) else "refine again"
             seconds = time.time() - worker.given_at if seconds is None else seconds
-            self._charge(worker, order, what, order.token, seconds)
+            self._charge(worker, order, what, "", seconds)
         return order, outcome
 
-    def _charge(self, worker: WorkerStatus, order: Order, what: str, token: str, seconds: float) -> None:
-        places = self.ranks(worker.name)
-        use = Use(team=order.spec.team, seconds=seconds, ended_at=time.time(), places=places)
-        self._queue.charge(order.task_id, use, token=token, what=what)
+    def _charge(self, worker: WorkerStatus, order: Order, what: str, suffix: str, seconds: float) -> None:
+        """suffix: Of the token under which it is charged once."""
+        places, parts = self.ranks(worker.name), charged(order)
+        for one in parts:
+            use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places)
+            self._queue.charge(one.task_id, use, token=f"{one.token}{suffix}", what=what)
 
     # --- who is alive ------------------------------------------------------------------------------------------
 
@@ -790,7 +805,17 @@ def has_lease(order: Order) -> bool:
 
 def is_of_a_version(order: Order) -> bool:
     """Whether a version waits for it."""
-    return isinstance(order, Evaluate) or order.refine_version > 0
+    return not isinstance(order, Train) or order.refine_version > 0
+
+
+def scorings(order: Order) -> tuple[Evaluate, ...]:
+    """The scorings of single tasks that an order consists of; none of one that trains."""
+    return order.orders if isinstance(order, EvaluateTogether) else (order,) if isinstance(order, Evaluate) else ()
+
+
+def charged(order: Order) -> tuple[Train | Evaluate, ...]:
+    """What of it is charged, each to its own team."""
+    return (order,) if isinstance(order, Train) else scorings(order)
 
 
 def train_order(record: TaskRecord) -> Train:

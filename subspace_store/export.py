@@ -15,13 +15,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
+from subspace_store.adapter import Adapter
 from subspace_store.digests import digest
 from subspace_store.formats import diffusers
 from subspace_store.formats.diffusers import write_diffusers_file
@@ -66,6 +67,13 @@ class Exported:
     refused_by: dict[str, str]
     label_names: tuple[str, ...] = ()
     base_sha256: str = ""
+    one_for_all: str = ""
+    """How one update was made of those of `of_tasks`; empty where it is a task's own."""
+    of_tasks: tuple[str, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)
+    """Of one for all: task to ‖ΔW − ΔŴ‖ / ‖ΔW‖, by how much it is not that task's own."""
+    left_out: str = ""
+    """What these tasks have and it has not."""
 
     @property
     def loads_in(self) -> tuple[str, ...]:
@@ -91,7 +99,7 @@ class Exported:
         if "refused_by" not in values:
             kind, rank, has_head = values["format"], values["rank"], values["has_head"]
             values["refused_by"] = refusals(kind, rank=rank, has_head=has_head, modules=())
-        texts = {"sources": tuple(values["sources"]), "label_names": tuple(values.get("label_names", ()))}
+        texts = {name: tuple(values.get(name, ())) for name in ("sources", "label_names", "of_tasks")}
         return cls(**values | texts)
 
 
@@ -158,6 +166,99 @@ def export_tasks(
         raise InvalidInput(f"cannot write there: {error}", str(folder), "name a folder you may write to") from error
 
 
+def export_one(
+    reader: SubspaceReader,
+    folder: Path,
+    version: int | None = None,
+    tasks: Collection[str] | None = None,
+    *,
+    way: str,
+    rank: int,
+    base_source: str,
+) -> Exported:
+    """Write one adapter for several tasks, made of what a version holds of them, as the folder `one=WAY@vN`.
+
+    No head is in it: each task has its own, made for its own update, and `left_out` says so. Which task an input is for
+    is not told to it.
+
+    Args:
+        tasks: Ids or names (`team/task`); default all.
+        way: One of `subspace_store.merging.one_for_all.ONE_FOR_ALL`.
+        rank: Most directions of a module.
+
+    Raises:
+        NotFound: No such version, or a task that it does not hold.
+        InvalidInput: Fewer than two tasks, no such way, tasks whose weights lie the other way round, or that came from
+            diffusers; or the folder cannot be written to.
+        Conflict: A folder of that name holds something else.
+    """
+    from subspace_store.merging.one_for_all import ONE_FOR_ALL
+    from subspace_store.merging.variants import one_for_all, relative_error
+
+    number = reader.state.refs[MAIN] if version is None else version
+    chosen = _chosen(reader, number, tasks)
+    if way not in ONE_FOR_ALL:
+        raise InvalidInput(f"there is no way '{way}' to make one of all", "--one", f"ways: {', '.join(ONE_FOR_ALL)}")
+    if len(chosen) < 2:
+        raise InvalidInput(f"version {number} holds {len(chosen)} of them", "--one", "name two tasks at least")
+    adapters = {task.task_id: reader.adapter(task.task_id, number) for task in chosen}
+    if len({adapter.info.get("fan_in_fan_out", "false") for adapter in adapters.values()}) > 1:
+        raise InvalidInput("the weights of some lie the other way round", "--one", "name tasks that are alike")
+    if any(adapter.info.get("format") == diffusers.FORMAT for adapter in adapters.values()):
+        raise InvalidInput("LoRAs of diffusers are not made one", "--one", "export them one by one")
+    common, first = one_for_all(adapters, way, rank), next(iter(adapters.values()))
+    names = {task.task_id: task.name for task in chosen}
+    errors = {names[task_id]: relative_error(adapter.modules, common) for task_id, adapter in adapters.items()}
+    kinds = {adapter.info.get("task_type", "") for adapter in adapters.values()}
+    info = {name: first.info[name] for name in ("fan_in_fan_out",) if name in first.info}
+    info |= {"task_type": kinds.pop()} if len(kinds) == 1 else {}
+    headed = sum(bool(adapter.head) for adapter in adapters.values())
+    left_out = (
+        f"the heads of {headed} of {len(chosen)} tasks: each has its own labels, and was trained with its own update"
+        if headed
+        else ""
+    )
+    one = Adapter(first.base_model, first.base_sha256, common, {}, info)
+    delivered = digest(" ".join(task.adapter.sha256 for task in chosen).encode())
+    sources = (delivered, reader.state.versions[number].basis.sha256)
+    name = f"one={way}@v{number}"
+    known = {
+        "version": number,
+        "base_model": base_source,
+        "sources": list(sources),
+        "one_for_all": way,
+        "rank": export_rank(common.values()),
+    }
+    exported = Exported(
+        name=name,
+        task_id="",
+        task="",
+        version=number,
+        base_model=base_source,
+        sources=sources,
+        format="peft",
+        rank=export_rank(common.values()),
+        has_head=False,
+        files={},
+        refused_by=refusals("peft", rank=export_rank(common.values()), has_head=False, modules=common),
+        base_sha256=first.base_sha256,
+        one_for_all=way,
+        of_tasks=tuple(names.values()),
+        errors=errors,
+        left_out=left_out,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if (folder / name).exists():
+                return _already_there(folder / name, known)
+            return _written(folder, exported, lambda partial: write_peft_folder(partial, one, base_source), known)
+        finally:
+            _write_index(folder)
+    except OSError as error:
+        raise InvalidInput(f"cannot write there: {error}", str(folder), "name a folder you may write to") from error
+
+
 def _chosen(reader: SubspaceReader, number: int, tasks: Collection[str] | None) -> list[MergedTask]:
     if number and number not in reader.state.versions:
         raise NotFound(f"there is no version {number}", reader.storage.url)
@@ -179,40 +280,56 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
     if (folder / name).exists():
         return _already_there(folder / name, known)
     adapter = reader.adapter(task.task_id, number)
-    partial = folder / f".partial-{secrets.token_hex(8)}"
-    try:
-        kind = adapter.info.get("format", "peft")
+    kind = adapter.info.get("format", "peft")
+    rank = export_rank(adapter.modules.values())
+    has_head = bool(adapter.head)
+    exported = Exported(
+        name=name,
+        task_id=task.task_id,
+        task=task.name,
+        version=number,
+        base_model=base_source,
+        sources=sources,
+        format=kind,
+        rank=rank,
+        has_head=has_head,
+        files={},
+        refused_by=refusals(kind, rank=rank, has_head=has_head, modules=adapter.modules),
+        label_names=adapter.label_names,
+        base_sha256=adapter.base_sha256,
+    )
+
+    def write(partial: Path) -> None:
         if kind == diffusers.FORMAT:
             write_diffusers_file(partial / diffusers.WEIGHTS_FILE, adapter)
         else:
             write_peft_folder(partial, adapter, base_source)
+
+    return _written(folder, exported, write, known)
+
+
+def _written(folder: Path, exported: Exported, write: Callable[[Path], None], known: dict[str, Any]) -> Exported:
+    """An export whose folder appears whole.
+
+    Args:
+        exported: Without its files.
+        write: Writes them into a folder.
+        known: As in `_already_there`.
+    """
+    partial = folder / f".partial-{secrets.token_hex(8)}"
+    try:
+        write(partial)
         files = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}
-        rank = export_rank(adapter.modules.values())
-        has_head = bool(adapter.head)
-        exported = Exported(
-            name=name,
-            task_id=task.task_id,
-            task=task.name,
-            version=number,
-            base_model=base_source,
-            sources=sources,
-            format=kind,
-            rank=rank,
-            has_head=has_head,
-            files=files,
-            refused_by=refusals(kind, rank=rank, has_head=has_head, modules=adapter.modules),
-            label_names=adapter.label_names,
-            base_sha256=adapter.base_sha256,
-        )
+        exported = replace(exported, files=files)
         (partial / FACTS_FILE).write_text(_json(exported.as_facts()), encoding="utf-8")
         _flush(*partial.iterdir(), partial)
         try:
-            partial.rename(folder / name)
+            partial.rename(folder / exported.name)
         except OSError:
             # Another export was faster, or the disk refuses.
-            if not (folder / name).exists():
+            if not (folder / exported.name).exists():
                 raise
-            return _already_there(folder / name, known)
+            return _already_there(folder / exported.name, known)
         return exported
     finally:
         shutil.rmtree(partial, ignore_errors=True)

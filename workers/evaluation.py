@@ -7,7 +7,7 @@ model, so that their difference is what merging cost and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,9 @@ TOKENS_PER_BATCH = 8192  # padding counted; with a cache of half a megabyte per 
 LOGITS_PER_BATCH = 2**28  # of a language model: 1 GiB in float32
 MeasuredOn = Callable[[slice], dict[str, Measure]]
 """All metrics over some of the rows, from a model's answers to all of them."""
+
+
+Keep = Callable[[Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def score_and_keep(
     storage: Storage,
     between_batches: Callable[[], None],
     rank: Rank,
-    keep: Callable[[Callable[[], None]], None] = lambda write: write(),
+    keep: Keep = lambda write: write(),
 ) -> Score:
     """As `score_adapter`; also keep each row's result under the order's `results_key`, if it has one.
 
@@ -114,7 +117,14 @@ def score_and_keep(
         keep: Calls the function that it is given, which writes; see `workers/patience.py`.
     """
     score = score_adapter(base, adapter, rows, order.spec, between_batches)
-    if order.results_key and rank.leads:
+    if rank.leads:
+        keep_results(order, score, rows, storage, keep)
+    return score
+
+
+def keep_results(order: Train | Evaluate, score: Score, rows: EvaluationRows, storage: Storage, keep: Keep) -> None:
+    """Keep each row's result under the order's `results_key`, if it has one. keep: As in `score_and_keep`."""
+    if order.results_key:
         version = order.version if isinstance(order, Evaluate) else 0
         results = Results(
             task_id=order.task_id,
@@ -124,7 +134,6 @@ def score_and_keep(
             per_row=score.per_row,
         )
         keep(lambda: write_results(storage, order.results_key, results))
-    return score
 
 
 def score_rows(
@@ -148,59 +157,102 @@ def score_rows(
             one, which could be as bad as the one before merging and pass the gate. Or the completions have no tokens.
     """
     model.eval()
-    measured = lengths(base.tokenizer, spec, rows)
-    check_answers(measured, spec, base.name, "evaluation rows", each=False)
-    counts = [length.read(spec.data.max_length) for length in measured]
+    reading = Reading.of(base, rows, spec)
     with torch.inference_mode():
         if spec.kind == "causal_lm":
-            measured_on = _likelihood(model, base, rows, counts, spec, between_batches)
+            measured_on = _likelihood(model, base, rows, reading.counts, spec, between_batches)
         else:
-            measured_on = _predictions(model, base, rows, counts, spec, between_batches)
+            found = Predictions(len(rows), spec)
+            predict(model, base, rows, batches_by_length(reading.counts), found, between_batches)
+            measured_on = found.measured_on()
+    return scored(measured_on, rows, spec, reading)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model reads of the rows that it is scored on."""
+
+    counts: tuple[int, ...]
+    """Tokens of each row."""
+    warnings: tuple[str, ...]
+    """Sentences on what is not read."""
+
+    @staticmethod
+    def of(base: BaseModel, rows: Sequence[Row], spec: TaskSpec) -> Reading:
+        """Raises InvalidInput where the completions have no tokens."""
+        measured = lengths(base.tokenizer, spec, rows)
+        check_answers(measured, spec, base.name, "evaluation rows", each=False)
+        warnings = (*losses(measured, spec, "evaluation rows"), *losses_of_generation(measured, spec, base.length_max))
+        return Reading(tuple(length.read(spec.data.max_length) for length in measured), warnings)
+
+
+def scored(measured_on: MeasuredOn, rows: Sequence[Row], spec: TaskSpec, reading: Reading) -> Score:
+    """The score of a task whose rows are all answered."""
     measures = measured_on(slice(None))
     chosen = measures[spec.metric]
-    warnings = (*losses(measured, spec, "evaluation rows"), *losses_of_generation(measured, spec, base.length_max))
     parts = rows.of_revisions if isinstance(rows, EvaluationRows) else {}
     of_rows = {
         brought_by: (measured_on(places)[spec.metric].value, places.stop - places.start)
         for brought_by, places in parts.items()
     }
-    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), of_rows, warnings)
+    return Score(chosen.value, metrics.values(measures), tuple(chosen.per_row.tolist()), of_rows, reading.warnings)
 
 
-def _predictions(
+class Predictions:
+    """What a task predicts of each of its rows, which may come in any batches; what comes again takes the place.
+
+    Args:
+        count: Number of rows.
+    """
+
+    def __init__(self, count: int, spec: TaskSpec) -> None:
+        self.spec = spec
+        self._expected: list[Any] = [0] * count
+        self._predicted: list[Any] = [0] * count
+        self._of_right = [0.0] * count
+        self._is_number = [True] * count
+
+    def take(self, chosen: Sequence[int], labels: Sequence[Any], logits_SL: Tensor) -> None:
+        """Take the outputs for the rows `chosen`, whose labels are given."""
+        regression, spec = self.spec.kind == "sequence_regression", self.spec
+        answers = logits_SL.squeeze(-1) if regression else logits_SL.argmax(dim=-1)
+        numbers = logits_SL.isfinite().all(dim=-1).tolist()
+        for index, label, answer, is_number in zip(chosen, labels, answers.tolist(), numbers, strict=True):
+            self._expected[index], self._predicted[index], self._is_number[index] = label, answer, is_number
+        if regression:
+            return
+        if (unknown := len(spec.data.label_names) - logits_SL.shape[-1]) > 0:  # labels that this model never gives
+            logits_SL = torch.nn.functional.pad(logits_SL, (0, unknown), value=-torch.inf)
+        of_label = logits_SL.float().softmax(dim=-1).gather(1, torch.tensor(labels, device=logits_SL.device)[:, None])
+        for index, value in zip(chosen, of_label.squeeze(-1).tolist(), strict=True):
+            self._of_right[index] = value
+
+    def measured_on(self) -> MeasuredOn:
+        """Raises InvalidInput where an output is no number."""
+        expected, predicted, of_right, spec = self._expected, self._predicted, self._of_right, self.spec
+        broken = [index for index, is_number in enumerate(self._is_number) if not is_number]
+        _check_numbers(broken, len(expected), spec)
+        if spec.kind == "sequence_regression":
+            return lambda part: metrics.regression(expected[part], predicted[part])
+        labels_count = len(spec.data.label_names)
+        return lambda part: metrics.classification(expected[part], predicted[part], of_right[part], labels_count)
+
+
+def predict(
     model: Any,
     base: BaseModel,
     rows: Sequence[Row],
-    counts: Sequence[int],
-    spec: TaskSpec,
+    batches: Iterable[Sequence[int]],
+    found: Predictions,
     between_batches: Callable[[], None],
-) -> MeasuredOn:
-    collate, regression = collator(base, spec), spec.kind == "sequence_regression"
-    expected: list[Any] = [0] * len(rows)
-    predicted: list[Any] = [0] * len(rows)
-    of_right: list[float] = [0.0] * len(rows)
-    broken: list[int] = []
-    for chosen in batches_by_length(counts):
+) -> None:
+    """Let a task's own model answer some batches of its rows, given by their places."""
+    collate = collator(base, found.spec)
+    for chosen in batches:
         between_batches()
         batch = collate(rows[index] for index in chosen)
         labels = batch.pop("labels").tolist()
-        logits = model(**on_device(model.device, batch)).logits
-        answers = logits.squeeze(-1) if regression else logits.argmax(dim=-1)
-        numbers = logits.isfinite().all(dim=-1).tolist()
-        broken += [index for index, is_number in zip(chosen, numbers, strict=True) if not is_number]
-        for index, label, answer in zip(chosen, labels, answers.tolist(), strict=True):
-            expected[index], predicted[index] = label, answer
-        if not regression:
-            if (unknown := len(spec.data.label_names) - logits.shape[-1]) > 0:  # labels that this model never gives
-                logits = torch.nn.functional.pad(logits, (0, unknown), value=-torch.inf)
-            of_label = logits.float().softmax(dim=-1).gather(1, torch.tensor(labels, device=logits.device)[:, None])
-            for index, value in zip(chosen, of_label.squeeze(-1).tolist(), strict=True):
-                of_right[index] = value
-    _check_numbers(broken, len(rows), spec)
-    if regression:
-        return lambda part: metrics.regression(expected[part], predicted[part])
-    labels_count = len(spec.data.label_names)
-    return lambda part: metrics.classification(expected[part], predicted[part], of_right[part], labels_count)
+        found.take(chosen, labels, model(**on_device(model.device, batch)).logits)
 
 
 def _likelihood(

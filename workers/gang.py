@@ -25,6 +25,7 @@ from workers.order_book import OrderBook
 from workers.orders import (
     BaseLayout,
     Evaluated,
+    EvaluatedTogether,
     Failed,
     LogLine,
     Order,
@@ -235,7 +236,7 @@ class Gang:
                 self._token = ""
                 self._stops.pop(order.token, None)
         lines = (*self._lines, *getattr(outcome, "log_lines", ()))
-        return outcome if isinstance(outcome, Evaluated) else replace(outcome, log_lines=lines)
+        return outcome if isinstance(outcome, Evaluated | EvaluatedTogether) else replace(outcome, log_lines=lines)
 
     def _supervised(self, order: Order, address: str, port: int) -> Outcome:
         size = self._ranks.size
@@ -474,7 +475,7 @@ def _verdict(token: str, answers: dict[int, Any]) -> Outcome:
         Corrupt: A rank read bytes that are not what was written.
     """
     lead = answers.get(0)
-    if isinstance(lead, Trained | Evaluated):
+    if isinstance(lead, Trained | Evaluated | EvaluatedTogether):
         return lead
     lines = lead.log_lines if isinstance(lead, Failed) else ()
     failures = list(answers.values())

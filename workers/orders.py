@@ -95,7 +95,17 @@ class Evaluate:
     """As in `Train`."""
 
 
-Order = Train | Evaluate
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTogether:
+    """Score several tasks under one version, in mixed batches; see `workers/mixed_scoring.py`."""
+
+    token: str
+    version: int
+    orders: tuple[Evaluate, ...]
+    """One for each task, all of classifications of texts."""
+
+
+Order = Train | Evaluate | EvaluateTogether
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +244,19 @@ class Failed:
     """As in `Trained`; None for what was lost."""
 
 
-Outcome = Trained | Evaluated | Failed
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedTogether:
+    """What became of each of the orders."""
+
+    token: str
+    outcomes: tuple[Evaluated | Failed, ...]
+    """In the order of the orders."""
+    seconds: float
+    worker_seconds: float | None = field(default=None, compare=False)
+    """As in `Trained`."""
+
+
+Outcome = Trained | Evaluated | EvaluatedTogether | Failed
 
 
 class Phase(StrEnum):

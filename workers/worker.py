@@ -32,7 +32,7 @@ from workers.base_model import BaseModel, load_base_model
 from workers.chat_template import template_of
 from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted
-from workers.evaluation import score_adapter, score_and_keep
+from workers.evaluation import Score, keep_results, score_adapter, score_and_keep
 from workers.methods import lora
 from workers.order_book import OrderBook
 from workers.orders import (
@@ -40,6 +40,8 @@ from workers.orders import (
     BaseLayout,
     Evaluate,
     Evaluated,
+    EvaluatedTogether,
+    EvaluateTogether,
     Failed,
     LogLine,
     Order,
@@ -52,7 +54,7 @@ from workers.orders import (
 )
 from workers.patience import Patience
 from workers.rank_group import NOBODY_ELSE, joined
-from workers.rows.frozen_rows import open_evaluation_rows
+from workers.rows.frozen_rows import EvaluationRows, open_evaluation_rows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.tokens import packed
 from workers.trainer import Asked, Cancelled, Preempted, Surroundings, fit
@@ -197,8 +199,6 @@ class Worker:
             outcome = Failed(token=order.token, fault="cancelled", message="cancelled while it was running")
         except Preempted as error:
             outcome = Failed(token=order.token, fault="preempted", message=str(error) or "its worker was taken from it")
-        except InvalidInput as error:
-            outcome = Failed(token=order.token, fault="input", message=str(error))
         except RowsDamaged as error:
             outcome = Failed(token=order.token, fault="rows", message=str(error))
         except (Unavailable, Corrupt):
@@ -209,10 +209,7 @@ class Worker:
             )
             outcome = Failed(token=order.token, fault="input", message=str(told))
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            outcome = Failed(
-                token=order.token, fault="bug", message=message, detail="".join(traceback.format_exception(error))
-            )
+            outcome = _failed(order.token, error)
         finally:
             # The lines that are left go with the outcome: a later heartbeat would give them to the next task.
             lines = self.progress().log_lines
@@ -220,7 +217,7 @@ class Worker:
             with self._lock:
                 self._wanted.pop(order.token, None)
         seconds = time.monotonic() - started
-        if isinstance(outcome, Evaluated):
+        if isinstance(outcome, Evaluated | EvaluatedTogether):
             return replace(outcome, worker_seconds=seconds)
         return replace(outcome, worker_seconds=seconds, log_lines=lines)
 
@@ -235,6 +232,8 @@ class Worker:
         if isinstance(order, Train):
             return train_task(order, base, self._storage, store, self._report, asked, rank)
         store.refresh()
+        if isinstance(order, EvaluateTogether):
+            return evaluate_together(order, base, self._storage, store, self._report, asked, rank)
         return evaluate_version(order, base, self._storage, store, self._report, asked, rank)
 
     def _opened_store(self) -> SubspaceReader:
@@ -287,26 +286,100 @@ def evaluate_version(
     if not parted and not rank.leads:
         return Evaluated(token=order.token, score=math.nan, count=0, seconds=0.0)
     report(Progress(token=order.token, phase=Phase.SCORING))
-    check_lengths(order.spec, base.length_max)
-    try:
-        rows = open_evaluation_rows(storage, order.task_id, order.eval_key, order.earlier_rows, order.spec)
-    except NotFound as error:
-        title = f"{order.spec.team}/{order.spec.name} ({order.task_id})"
-        what = f"the evaluation rows of {title}, by which it is scored, are gone"
-        raise Corrupt(what, f"{storage.url}/{order.eval_key}", "restore them from a backup") from error
+    rows = _rows(order, base, storage)
     adapter = store.adapter(order.task_id, order.version)
     with joined(rank, order.spec.training.deepspeed) if parted else contextlib.nullcontext(NOBODY_ELSE) as group:
         stop = stopper(lambda: group.agree(asked()))
         keep = Patience(order.token, report, asked)
         score = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
+        if not parted:
+            _keep_features(order, base, storage, rows, keep)
+    return _evaluated(order, score, time.monotonic() - started)
+
+
+def evaluate_together(
+    order: EvaluateTogether,
+    base: BaseModel,
+    storage: Storage,
+    store: SubspaceReader,
+    report: Callable[[Progress], None],
+    asked: Callable[[], Asked],
+    rank: Rank = ALONE,
+) -> EvaluatedTogether:
+    """Score several tasks under one version: each the same as `evaluate_version` does. From ranks above 0 only the
+    token is used.
+
+    Raises:
+        Corrupt, Unavailable, Cancelled: As there. What is wrong with one of the tasks is its own outcome.
+    """
+    from workers.mixed_scoring import Scored, score_together
+
+    started = time.monotonic()
+    if not rank.leads:
+        return EvaluatedTogether(token=order.token, outcomes=(), seconds=0.0)
+    report(Progress(token=order.token, phase=Phase.SCORING))
+    stop, outcomes, rows = stopper(asked), dict[str, Evaluated | Failed](), dict[str, EvaluationRows]()
+    for one in order.orders:
+        stop()
+        try:
+            rows[one.task_id] = _rows(one, base, storage)
+        except InvalidInput as error:
+            outcomes[one.task_id] = _failed(one.token, error)
+    tasks = [Scored(one.task_id, one.spec, rows[one.task_id]) for one in order.orders if one.task_id in rows]
+    scores = score_together(base, store, order.version, tasks, stop)
+    keep = Patience(order.token, report, asked)
+    seconds = (time.monotonic() - started) / len(order.orders)
+    for one in order.orders:
+        score = scores.get(one.task_id)
+        if isinstance(score, Exception):
+            outcomes[one.task_id] = _failed(one.token, score)
+        elif score is not None:
+            keep_results(one, score, rows[one.task_id], storage, keep)
+            _keep_features(one, base, storage, rows[one.task_id], keep)
+            outcomes[one.task_id] = _evaluated(one, score, seconds)
+    in_order = tuple(outcomes[one.task_id] for one in order.orders)
+    return EvaluatedTogether(token=order.token, outcomes=in_order, seconds=time.monotonic() - started)
+
+
+def _keep_features(
+    order: Evaluate, base: BaseModel, storage: Storage, rows: EvaluationRows, keep: Callable[[Callable[[], bool]], bool]
+) -> None:
+    """Once for each task: what later tells which task a text is for."""
+    from workers.serving.routing import keep_sums
+
+    if order.spec.kind != "image_classification" and order.results_key:
+        backbone = getattr(base.task_model(order.spec).eval(), base.prefix)
+        keep(lambda: keep_sums(storage, base, backbone, order.task_id, rows))
+
+
+def _rows(order: Evaluate, base: BaseModel, storage: Storage) -> EvaluationRows:
+    """What a task is scored on."""
+    check_lengths(order.spec, base.length_max)
+    try:
+        return open_evaluation_rows(storage, order.task_id, order.eval_key, order.earlier_rows, order.spec)
+    except NotFound as error:
+        title = f"{order.spec.team}/{order.spec.name} ({order.task_id})"
+        what = f"the evaluation rows of {title}, by which it is scored, are gone"
+        raise Corrupt(what, f"{storage.url}/{order.eval_key}", "restore them from a backup") from error
+
+
+def _evaluated(order: Evaluate, score: Score, seconds: float) -> Evaluated:
     return Evaluated(
         token=order.token,
         score=score.value,
         count=score.count,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         metrics=score.metrics,
         of_rows=score.of_rows,
     )
+
+
+def _failed(token: str, error: Exception) -> Failed:
+    """The outcome of an order that met an error which is the task's fault, or ours."""
+    if isinstance(error, InvalidInput):
+        return Failed(token=token, fault="input", message=str(error))
+    detail = "".join(traceback.format_exception(error))
+    return Failed(token=token, fault="bug", message=f"{type(error).__name__}: {error}", detail=detail)
 
 
 def rehearse(base: BaseModel) -> None:

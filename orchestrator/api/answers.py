@@ -5,13 +5,14 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from configs.errors import OnebasisError, Unavailable, WorkersBusy
+from configs.errors import NotFound, OnebasisError, Unavailable, WorkersBusy
 from orchestrator.api import requests
 from orchestrator.api.requests import Json
 from orchestrator.api.sources import Sources
+from subspace_store.log.version import MAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from orchestrator.api.versions import Versions
     from orchestrator.cluster import Cluster
@@ -50,6 +51,40 @@ class Answers:
         from workers.serving.question import Question
 
         questions = [Question(task.name, row, number) for row in request.inputs]
+        answers = self._answered(base, questions)
+        return {
+            "task": task.name,
+            "base_model": base,
+            "version": number,
+            "answers": [answer_json(answer) for answer in answers],
+        }
+
+    def which(self, request: requests.Which, of_teams: Collection[str] | None) -> Json:
+        """Find the task that each text is for, and have it answer.
+
+        Args:
+            of_teams: Teams whose tasks there are for who asks; None: all.
+
+        Raises:
+            NotFound: The version holds no task of these teams.
+            WorkersBusy: As `predict`.
+        """
+        from workers.serving.question import AUTO, Question
+
+        base = self._sources.settings.base(request.base_model).name
+        versions = self._versions(base)
+        state = versions.refresh()
+        number = state.refs[MAIN] if request.version is None else request.version
+        if number and number not in state.versions:
+            raise NotFound(f"there is no version {number}", base, "`onebasis versions` lists them")
+        names = (held.name for held in state.tasks_at(number).values())
+        among = tuple(name for name in names if of_teams is None or name.partition("/")[0] in of_teams)
+        questions = [Question(AUTO, text, number, among=among, by=request.way or "") for text in request.texts]
+        answers = self._answered(base, questions)
+        return {"base_model": base, "version": number, "answers": [answer_json(answer) for answer in answers]}
+
+    def _answered(self, base: str, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
+        """Raises what is wrong where nothing could be answered."""
         if self._sources.controller is None:
             with self._lock:
                 answers: Sequence[Answer | OnebasisError] = self._here(base).answer(questions)
@@ -57,12 +92,7 @@ class Answers:
             answers = self._by_a_worker(base, questions)
         if all(isinstance(answer, OnebasisError) for answer in answers):
             raise next(answer for answer in answers if isinstance(answer, OnebasisError))
-        return {
-            "task": task.name,
-            "base_model": base,
-            "version": number,
-            "answers": [answer_json(answer) for answer in answers],
-        }
+        return answers
 
     def _by_a_worker(self, base_model: str, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
         controller, cluster = self._sources.running("predict"), self._sources.cluster
@@ -115,4 +145,7 @@ def answer_json(answer: Answer | OnebasisError) -> Json:
         said = {"value": answer.value}
     else:
         said = {"label": answer.label, "probabilities": dict(answer.probabilities or {})}
+    if answer.routed is not None:
+        told = {"task": next(iter(answer.routed)), "routed": dict(answer.routed), "routed_by": answer.routed_by}
+        said = told | said
     return said | ({"warning": answer.warning} if answer.warning else {})

@@ -54,8 +54,11 @@ class Callers:
         """The caller whose token is that of the state folder: found without asking anybody."""
         return self._owner if secrets.compare_digest(secret.encode(), self._owner_token) else None
 
-    def of(self, secret: str) -> Caller:
+    def of(self, secret: str, counts: bool = True) -> Caller:
         """The caller that a token belongs to.
+
+        Args:
+            counts: Whether this is a request of theirs, of which there may be so many in a second.
 
         Raises:
             UnknownToken: It is none, has ended or was revoked, or its provider gives its bearer nothing here.
@@ -66,7 +69,7 @@ class Callers:
         if caller is not None:
             return caller
         caller = self._of_book(secret) if secret.startswith(PREFIX) else self._of_provider(secret)
-        if (limit := self._settings().server.requests_per_second) is not None:
+        if counts and (limit := self._settings().server.requests_per_second) is not None:
             self._paces.check(caller.token_id, limit, time.monotonic())
         return caller
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-import re
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Self, overload
 
-from configs.errors import InvalidInput, NoSignOfLife, OnebasisError, TooLarge, Unavailable, error_from_dict
-from configs.limits import BYTES_MAX
-from orchestrator.api.requests import Answer, ChangeMany, Json, Retry, SendPiece, ServiceRequest, Submit, not_running
+from configs.errors import InvalidInput, NoSignOfLife, Unavailable
+from orchestrator.api.calls import Call, Following, Heard, Hearing, Reply, answer_of, call_of
+from orchestrator.api.requests import Answer, Json, ReadEvents, SendPiece, ServiceRequest, not_running
 from orchestrator.api.routes import route_of
 from subspace_store.commands.state_folder import SERVER_FILE, SETTINGS_FILE, never_ran
 from subspace_store.requests import StoreRequest
@@ -22,7 +22,8 @@ from subspace_store.requests import StoreRequest
 if TYPE_CHECKING:
     import ssl
 
-    from orchestrator.api.exchange import Reply
+    import httpx
+
     from orchestrator.api.service import Service
 
 
@@ -37,54 +38,124 @@ class Remote:
     name: str = ""
     """Name of its context, for people."""
 
+    def as_server(self) -> dict[str, Any]:
+        """The same as `server_facts`."""
+        return {"url": self.url, "token": self.token, "ca_file": self.ca_file}
+
 
 REMOTE: ContextVar[Remote | None] = ContextVar("remote", default=None)
 """Service that commands ask instead of the one in their folder."""
 
-TIMEOUT_SECONDS = 150.0
-SUBMIT_TIMEOUT_SECONDS = 7200.0
-"""Longest wait for a submission: a gigabyte of rows takes minutes to check."""
+AGAIN_SECONDS = 0.5
+"""Pause before a stream that ended is asked for again, or, without a service, the database."""
 
 
 class Client:
     """Asks a service: the running one, or one in this process for requests that need no running service."""
 
-    def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None) -> None:
-        """say: Takes a line for people while an answer takes long; default: the terminal's stderr."""
+    def __init__(self, state_dir: Path, say: Callable[[str], None] | None = None, remote: Remote | None = None) -> None:
+        """
+        Args:
+            say: Takes a line for people while an answer takes long; default: the terminal's stderr.
+            remote: Service that is asked instead of the one of the state folder; default: REMOTE.
+        """
         self._state_dir = state_dir
         self._say = say or _note
+        self._given = remote
         self._service: Service | None = None
 
+    @classmethod
+    def at(cls, url: str, token: str, ca_file: str = "") -> Client:
+        """A client of the service at an address. ca_file: As `Remote.ca_file`."""
+        return cls(Path(), remote=Remote(url.rstrip("/"), token, ca_file))
+
+    @property
+    def _remote(self) -> Remote | None:
+        return self._given or REMOTE.get()
+
     @overload
-    def ask(self, request: ServiceRequest[Answer]) -> Answer: ...
+    def ask(self, request: ServiceRequest[Answer], key: str = "") -> Answer: ...
     @overload
-    def ask(self, request: StoreRequest[Any]) -> Json: ...
-    def ask(self, request: ServiceRequest[Any] | StoreRequest[Any]) -> Any:
+    def ask(self, request: StoreRequest[Any], key: str = "") -> Json: ...
+    def ask(self, request: ServiceRequest[Any] | StoreRequest[Any], key: str = "") -> Any:
         """Ask, and wait for the answer.
 
-        A request to the store gets a key if it has none.
+        A request to the store gets a key of the store if it has none.
+
+        Args:
+            key: Key under which a service that runs carries the request out once, within a day; empty: none.
 
         Raises:
             OnebasisError: What the service raised, as itself; Unavailable when it went away meanwhile, NoSignOfLife
                 when its process is there and answers nothing.
             OutcomeUnknown: It is not known whether a request to the store was done; has the request's key.
         """
-        return self._ask(request)
+        return self._ask(request, key=key)
+
+    def pages(self, request: ServiceRequest[list[Json]]) -> Iterator[Json]:
+        """All rows of a list, page by page; raises as `ask`."""
+        following: ServiceRequest[list[Json]] | None = request
+        while following is not None:
+            rows = self.ask(following)
+            yield from rows
+            following = following.next_page(rows)
 
     def send(self, piece: SendPiece, content: bytes) -> Json:
         """Send a piece of a file, as what `Piece.end` answers; raises as `ask`."""
         answer: Json = self._ask(piece, content)
         return answer
 
-    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes = b"") -> Any:
-        request = request.named() if isinstance(request, StoreRequest) else request
-        if (remote := REMOTE.get()) is not None:
-            return self._ask_remote(remote, request, content)
+    def follow(self, request: ReadEvents) -> Iterator[Json | None]:
+        """Events as they come, without an end, each once: whenever the connection ends, it goes on behind the last
+        one. While no service runs here, those that are in the database.
+
+        Returns:
+            Events; and None at the beginning, and whenever nothing has happened for a few seconds: whoever follows may
+            look at something else.
+
+        Raises:
+            OnebasisError: As `ask`.
+        """
+        from orchestrator.api.exchange import NobodyListensError, NotTakenError
+
+        following = Following(request)
+        while True:
+            try:
+                for heard in self._hear(following.request):
+                    yield following.take(heard)
+            except (Unavailable, NobodyListensError, NotTakenError):
+                # Whether it ended, stands still, or is another one by now, is found out by asking.
+                asked = following.request
+                for event in self.ask(asked) if asked.after is not None else ():
+                    yield following.took(event)
+            yield None
+            time.sleep(AGAIN_SECONDS)
+
+    def _hear(self, request: ReadEvents) -> Iterator[Heard]:
+        from orchestrator.api.exchange import NobodyListensError, RefusedError, listen
+
+        remote = self._remote
+        server = remote.as_server() if remote is not None else server_facts(self._state_dir)
+        if server is None:
+            raise NobodyListensError
+        call = call_of(request)
+        try:
+            yield from listen(
+                server["url"] + call.path, query=call.query, token=server["token"], trust=trust_of(server)
+            )
+        except RefusedError as error:
+            answer_of(error.reply, server["url"] + call.path)
+
+    def _ask(self, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes = b"", key: str = "") -> Any:
+        request = request.named() if isinstance(request, StoreRequest) and not key else request
+        call = call_of(request, content, key)
+        if (remote := self._remote) is not None:
+            return self._ask_remote(remote, request, call)
         if (server := server_facts(self._state_dir)) is not None:
             from orchestrator.api.exchange import HungUpError, NobodyListensError
 
             try:
-                return self._ask_server(server, request, content)
+                return self._ask_server(server, request, call)
             except NobodyListensError:
                 pass  # it was killed and left its address behind: read without it
             except HungUpError:
@@ -93,7 +164,7 @@ class Client:
                 # It ended while it was asked, which is the same for who only reads; perhaps another has started since.
                 if (server := server_facts(self._state_dir)) is not None:
                     with contextlib.suppress(NobodyListensError, HungUpError):
-                        return self._ask_server(server, request, content)
+                        return self._ask_server(server, request, call)
         if isinstance(request, ServiceRequest) and request.needs_service:
             _check_ran(self._state_dir)
             raise not_running(route_of(request).name)  # before anything is read: the store may be away
@@ -106,16 +177,16 @@ class Client:
             # The service knows what it has written, and what may have been.
             return Guard(self._local()).answer(request, owner(me()))
 
-    def _ask_remote(self, remote: Remote, request: ServiceRequest[Any] | StoreRequest[Any], content: bytes) -> Any:
+    def _ask_remote(self, remote: Remote, request: ServiceRequest[Any] | StoreRequest[Any], call: Call) -> Any:
         """Ask a service of another machine: nothing is done here if it is away."""
         from orchestrator.api.exchange import NobodyListensError, NotTakenError
         from orchestrator.api.waiting import Waiting
 
-        server = {"url": remote.url, "token": remote.token, "ca_file": remote.ca_file}
+        server = remote.as_server()
         away = Unavailable("nobody answers there", remote.url, "check the address, the network and the service")
         try:
             with _told_with_its_key(request):
-                return _over_http(server, request, Waiting(server, self._say), content)
+                return _over_http(server, call, Waiting(server, self._say))
         except (NobodyListensError, NotTakenError):
             raise away from None
         except NoSignOfLife as error:
@@ -125,16 +196,14 @@ class Client:
         """Carry out in this process what only reads, whether a service runs or not."""
         return self._local().answer(request)  # type: ignore[no-any-return]
 
-    def _ask_server(
-        self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any], content: bytes
-    ) -> Any:
+    def _ask_server(self, server: dict[str, Any], request: ServiceRequest[Any] | StoreRequest[Any], call: Call) -> Any:
         from orchestrator.api.exchange import NotTakenError
         from orchestrator.api.waiting import Waiting, named, not_asked
 
         try:
             with _told_with_its_key(request):
                 try:
-                    return _over_http(server, request, Waiting(server, self._say), content)
+                    return _over_http(server, call, Waiting(server, self._say))
                 except NoSignOfLife as error:
                     raise named(error, self._state_dir) from error
         except NotTakenError as error:
@@ -151,6 +220,105 @@ class Client:
             storages = {name: open_storage(settings.storage, name) for name in settings.base_names}
             self._service = Service(settings, None, storages)
         return self._service
+
+
+class AsyncClient:
+    """The same for programs with an event loop: asks the service at an address, and no other.
+
+    Args:
+        ca_file: As `Remote.ca_file`.
+    """
+
+    def __init__(self, url: str, token: str, ca_file: str = "") -> None:
+        import httpx
+
+        self._server = Remote(url.rstrip("/"), token, ca_file).as_server()
+        self._http = httpx.AsyncClient(
+            base_url=self._server["url"],
+            headers={"Authorization": f"Bearer {token}"},
+            verify=trust_of(self._server) or True,
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self._http.aclose()
+
+    @overload
+    async def ask(self, request: ServiceRequest[Answer], key: str = "") -> Answer: ...
+    @overload
+    async def ask(self, request: StoreRequest[Any], key: str = "") -> Json: ...
+    async def ask(self, request: ServiceRequest[Any] | StoreRequest[Any], key: str = "") -> Any:
+        """As `Client.ask`."""
+        import httpx
+
+        request = request.named() if isinstance(request, StoreRequest) and not key else request
+        call = call_of(request, key=key)
+        with _told_with_its_key(request):
+            try:
+                reply = await self._http.request(
+                    call.verb,
+                    call.path,
+                    params=dict(call.query),
+                    content=call.body,
+                    headers=dict(call.headers),
+                    timeout=call.timeout_seconds,
+                )
+            except httpx.HTTPError as error:
+                raise _away(self._server["url"], error) from error
+            return answer_of(_reply(reply, reply.content), self._server["url"] + call.path)
+
+    async def pages(self, request: ServiceRequest[list[Json]]) -> AsyncIterator[Json]:
+        """As `Client.pages`."""
+        following: ServiceRequest[list[Json]] | None = request
+        while following is not None:
+            rows = await self.ask(following)
+            for row in rows:
+                yield row
+            following = following.next_page(rows)
+
+    async def follow(self, request: ReadEvents) -> AsyncIterator[Json | None]:
+        """As `Client.follow`; while the service is away, nothing comes but None."""
+        following = Following(request)
+        while True:
+            with contextlib.suppress(Unavailable):
+                async for heard in self._hear(following.request):
+                    yield following.take(heard)
+            yield None
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _hear(self, request: ReadEvents) -> AsyncIterator[Heard]:
+        import httpx
+
+        from orchestrator.api.exchange import EVENT_STREAM, SIGN_SECONDS
+
+        call, hearing = call_of(request), Hearing()
+        headers = {"Accept": EVENT_STREAM}
+        asked = self._http.stream("GET", call.path, params=dict(call.query), headers=headers, timeout=SIGN_SECONDS)
+        try:
+            async with asked as reply:
+                if reply.is_error:
+                    answer_of(_reply(reply, await reply.aread()), self._server["url"] + call.path)
+                async for line in reply.aiter_lines():
+                    if (heard := hearing.line(line)) is not None:
+                        yield heard
+        except httpx.HTTPError as error:
+            raise _away(self._server["url"], error) from error
+
+
+def _reply(reply: httpx.Response, content: bytes) -> Reply:
+    return Reply(reply.status_code, reply.headers.get("content-type", "").partition(";")[0], content)
+
+
+def _away(url: str, error: Exception) -> Unavailable:
+    what = f"nobody answers there: {type(error).__name__}: {error}".rstrip(": ")
+    return Unavailable(what, url, "check the address, the network and the service")
 
 
 def _check_ran(state_dir: Path) -> None:
@@ -201,45 +369,19 @@ def _note(line: str) -> None:
     note(line)
 
 
-def _over_http(
-    server: dict[str, Any],
-    request: ServiceRequest[Any] | StoreRequest[Any],
-    waiting: Callable[[float], None],
-    sent: bytes,
-) -> Any:
-    """sent: Body of a PUT."""
-    route = route_of(request)
-    fields = {name: value for name, value in request.model_dump(mode="json").items() if value is not None}
-    in_path = {name: str(fields.pop(name)) for name in route.in_path}
-    # Dots too: `..` in a reference would be taken for a way to another route.
-    url = re.sub(r"{(\w+)(?::path)?}", lambda found: quote(in_path[found[1]]).replace(".", "%2E"), route.path)
+def _over_http(server: dict[str, Any], call: Call, waiting: Callable[[float], None]) -> Any:
     from orchestrator.api.exchange import exchange
 
-    content = {"POST": json.dumps(fields).encode(), "PUT": sent}.get(route.verb)
-    # A server may hang up before its refusal is read.
-    if route.verb == "POST" and content is not None and len(content) > BYTES_MAX:
-        raise TooLarge(f"the request has more than {BYTES_MAX:,} bytes", "", "put rows into files", BYTES_MAX)
-    answer = exchange(
-        server["url"] + url,
-        route.verb,
-        query=None if route.verb == "POST" else fields,
-        body=content,
-        content_type="application/octet-stream" if route.verb == "PUT" else "application/json",
+    url = server["url"] + call.path
+    reply = exchange(
+        url,
+        call.verb,
+        query=call.query,
+        body=call.body,
+        headers=call.headers,
         token=server["token"],
-        timeout_seconds=SUBMIT_TIMEOUT_SECONDS if isinstance(request, (Submit, Retry, ChangeMany)) else TIMEOUT_SECONDS,
+        timeout_seconds=call.timeout_seconds,
         waiting=waiting,
         trust=trust_of(server),
     )
-    if answer.is_success:
-        return answer.content if answer.content_type == "application/zip" else json.loads(answer.content)
-    raise _error(answer, server["url"] + url)
-
-
-def _error(answer: Reply, url: str) -> OnebasisError:
-    try:
-        facts = json.loads(answer.content)
-    except ValueError:
-        facts = {}
-    if "what" in facts:
-        return error_from_dict(facts)
-    return OnebasisError(f"HTTP {answer.status} from the service", url, "see its log")
+    return answer_of(reply, url)

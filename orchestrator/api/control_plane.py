@@ -18,10 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.document import Request
 from configs.errors import Conflict, InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
-from orchestrator.api.access import Caller
 from orchestrator.api.callers import Callers
 from orchestrator.api.guard import Guard
 from orchestrator.api.server import api, http_server
@@ -95,7 +93,7 @@ class ControlPlane:
         else:
             self._join(lease, url)
         callers = Callers(self.token, me(), lambda: self._service().sources, lambda: self.settings)
-        server = http_server(api(self, callers), settings.server.tls)
+        server = http_server(api(lambda: Guard(self._service()), callers), settings.server.tls)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.install_signal_handlers = lambda: None
@@ -106,11 +104,8 @@ class ControlPlane:
         self._end(lease)
         log.info("stopped")
 
-    def answer(self, request: Request, caller: Caller) -> Any:
-        """Carry a request out, as what this process is at the moment."""
-        return Guard(self._service()).answer(request, caller)
-
     def _service(self) -> Service:
+        """What answers, as what this process is at the moment."""
         duty = self._duty
         if duty is None:
             raise Unavailable("this control plane begins or ends to lead", todo="try again in a moment")

@@ -10,19 +10,20 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ssl import SSLCertVerificationError as CertificateError
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlencode, urlsplit
 
 from configs.errors import InvalidInput, NoSignOfLife, Unavailable
+from orchestrator.api.calls import Heard, Hearing, Reply
 
 if TYPE_CHECKING:
     import ssl
 
 ALIVE_PATH = "/alive"
 """Route that the server answers without doing anything."""
+EVENT_STREAM = "text/event-stream"
 SIGN_SECONDS = 4.0
 """Longest silence before a server is asked whether it is alive, and longest wait for that answer: a person is told
 within 10 s."""
@@ -30,17 +31,12 @@ BLOCK_BYTES = 2**16
 """Bytes of a body that are sent within SIGN_SECONDS at the least."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a server answered."""
+class RefusedError(Exception):
+    """The server answered, and not with a stream."""
 
-    status: int
-    content_type: str
-    content: bytes
-
-    @property
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self.reply = reply
 
 
 class NobodyListensError(Exception):
@@ -75,7 +71,7 @@ def exchange(
     *,
     query: Mapping[str, Any] | None = None,
     body: bytes | None = None,
-    content_type: str = "application/json",
+    headers: Mapping[str, str] | None = None,
     token: str = "",
     timeout_seconds: float,
     waiting: Callable[[float], None] | None = None,
@@ -86,7 +82,8 @@ def exchange(
     Args:
         url: Address of the route, `http://HOST:PORT/PATH`, quoted.
         query: Parameters that are written after the path.
-        body: JSON, or what `content_type` says; None: the request has none.
+        body: What is sent; None: the request has none.
+        headers: Further headers.
         token: Bearer token.
         timeout_seconds: Longest wait for the reply.
         waiting: Called every few seconds with the seconds so far, while the server is alive and does not reply.
@@ -100,23 +97,12 @@ def exchange(
         Unavailable: The time was over.
     """
     place = urlsplit(url)
-    connection = _connection(place, trust)
-    try:
-        connection.connect()
-    except CertificateError as error:
-        what = f"its certificate is not trusted: {error.verify_message or error}"
-        raise InvalidInput(what, url, "`onebasis login URL --ca-file FILE` names an authority of your own") from error
-    except TimeoutError as error:  # the listening process takes no more connections, or its machine does not answer
-        raise NotTakenError(_no_sign(url)) from error
-    except OSError as error:
-        raise NobodyListensError from error
-    headers = {"Authorization": f"Bearer {token}"}
+    connection = _connected(url, trust)
+    said = {"Authorization": f"Bearer {token}", **(headers or {})}
     if body is not None:
-        headers |= {"Content-Type": content_type, "Content-Length": str(len(body))}
-    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
+        said["Content-Length"] = str(len(body))
     try:
-        path = f"{place.path}?{urlencode(written)}" if written else place.path
-        connection.request(verb, path, None if body is None else _blocks(body), headers)
+        connection.request(verb, _with_query(place.path, query), None if body is None else _blocks(body), said)
         if trust is None:
             _await_reply(connection, url, token, timeout_seconds, waiting)
         else:
@@ -129,14 +115,72 @@ def exchange(
             raise Unavailable(what, f"{place.scheme}://{place.netloc}", "look at `onebasis status`") from error
         raise _no_sign(url) from error
     except (OSError, HTTPException) as error:
-        what = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise HungUpError(
-            f"the service did not answer: {what}",
-            url,
-            "`onebasis status` shows whether it runs, `onebasis up` starts it",
-        ) from error
+        raise _hung_up(url, error) from error
     finally:
         connection.close()
+
+
+def listen(
+    url: str,
+    *,
+    query: Mapping[str, Any] | None = None,
+    token: str = "",
+    trust: ssl.SSLContext | None = None,
+) -> Iterator[Heard]:
+    """Ask for a stream of server-sent events, and hear them as they come, until the server ends it.
+
+    Args:
+        url, query, token, trust: As for `exchange`.
+
+    Raises:
+        RefusedError: It answered something else.
+        NobodyListensError, NotTakenError: As `exchange`.
+        NoSignOfLife: It was silent for SIGN_SECONDS: a server that lives says so more often.
+        HungUpError: It went away.
+    """
+    connection = _connected(url, trust)
+    headers = {"Authorization": f"Bearer {token}", "Accept": EVENT_STREAM}
+    try:
+        connection.request("GET", _with_query(urlsplit(url).path, query), None, headers)
+        reply = connection.getresponse()
+        if (kind := reply.headers.get_content_type()) != EVENT_STREAM:
+            raise RefusedError(Reply(reply.status, kind, reply.read()))
+        hearing = Hearing()
+        for line in iter(reply.readline, b""):
+            if (heard := hearing.line(line.decode().rstrip("\r\n"))) is not None:
+                yield heard
+    except TimeoutError as error:
+        raise _no_sign(url) from error
+    except (OSError, HTTPException) as error:
+        raise _hung_up(url, error) from error
+    finally:
+        connection.close()
+
+
+def _connected(url: str, trust: ssl.SSLContext | None) -> HTTPConnection:
+    """A connection to a server, or the error that says why there is none."""
+    connection = _connection(urlsplit(url), trust)
+    try:
+        connection.connect()
+    except CertificateError as error:
+        what = f"its certificate is not trusted: {error.verify_message or error}"
+        raise InvalidInput(what, url, "`onebasis login URL --ca-file FILE` names an authority of your own") from error
+    except TimeoutError as error:  # the listening process takes no more connections, or its machine does not answer
+        raise NotTakenError(_no_sign(url)) from error
+    except OSError as error:
+        raise NobodyListensError from error
+    return connection
+
+
+def _with_query(path: str, query: Mapping[str, Any] | None) -> str:
+    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in (query or {}).items()}
+    return f"{path}?{urlencode(written)}" if written else path
+
+
+def _hung_up(url: str, error: Exception) -> HungUpError:
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    todo = "`onebasis status` shows whether it runs, `onebasis up` starts it"
+    return HungUpError(f"the service did not answer: {what}", url, todo)
 
 
 def _blocks(body: bytes) -> Iterator[bytes]:

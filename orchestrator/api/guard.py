@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.document import Request
-from configs.errors import NotFound, OnebasisError
+from configs.errors import InvalidInput, NotFound, OnebasisError
 from configs.uploads import upload_id
 from orchestrator.api import requests
 from orchestrator.api.access import (
@@ -30,10 +30,16 @@ from orchestrator.api.access import (
     check_role,
     no_such_team,
 )
+from orchestrator.api.feed import Interest
 from orchestrator.api.requests import Json
 from orchestrator.api.routes import Route, route_of
 from orchestrator.api.service import Service
 from orchestrator.api.shown import Eyes, names_in, shown, shown_error, task_ids_in
+from subspace_store.requests import StoreRequest
+
+if TYPE_CHECKING:
+    from orchestrator.tasks.task_queue import TaskQueue
+    from orchestrator.tasks.task_rows import NamedEvent
 
 SECONDS_A_DAY = 86_400.0
 
@@ -44,35 +50,84 @@ class Guard:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def answer(self, request: Request, caller: Caller) -> Any:
-        """Carry out a request for somebody, or refuse it."""
+    @property
+    def queue(self) -> TaskQueue:
+        """The task database."""
+        return self._service.sources.queue
+
+    def answer(self, request: Request, caller: Caller, key: str = "") -> Any:
+        """Carry out a request for somebody, or refuse it.
+
+        Args:
+            key: Key under which a request that writes is carried out once, however often it is asked; empty: none.
+        """
         teams = caller.teams
         try:
-            answer = self._answer(request, caller)
+            answer = self._answer(request, caller, key)
         except OnebasisError as error:
             if teams is None:
                 raise
             raise shown_error(error, self._eyes(teams, error.args, request)) from None
         return answer if teams is None else shown(answer, self._eyes(teams, answer, request))
 
-    def _answer(self, request: Request, caller: Caller) -> Any:
+    def _answer(self, request: Request, caller: Caller, key: str) -> Any:
         route = route_of(request)
         if route.is_write:
             self._service.refuse_write()
         with self._audited(route, request, caller):
-            request = self._permitted(route, request, caller)
-            match request:
-                case requests.WhoAmI():
-                    return _who(caller)
-                case requests.ListTokens():
-                    return self._list_tokens(caller)
-                case requests.CreateToken():
-                    return self._create_token(request, caller)
-                case requests.RotateToken():
-                    return self._rotate_token(request, caller)
-                case requests.RevokeToken():
-                    return self._revoke_token(request, caller)
-            return self._service.answer(request, caller.teams)
+            permitted = self._permitted(route, request, caller)
+            if key and route.is_audited and not getattr(request, "dry_run", False):
+                return self._once(key, request, permitted, caller)
+            return self._carried_out(permitted, caller)
+
+    def _carried_out(self, request: Request, caller: Caller) -> Any:
+        match request:
+            case requests.WhoAmI():
+                return _who(caller)
+            case requests.ListTokens():
+                return self._list_tokens(caller)
+            case requests.CreateToken():
+                return self._create_token(request, caller)
+            case requests.RotateToken():
+                return self._rotate_token(request, caller)
+            case requests.RevokeToken():
+                return self._revoke_token(request, caller)
+        return self._service.answer(request, caller.teams)
+
+    def _once(self, key: str, request: Request, permitted: Request, caller: Caller) -> Any:
+        """Carry a request out once under its key. The store has keys of its own, so what it was asked is done once even
+        where this process dies meanwhile."""
+        if isinstance(permitted, StoreRequest) and not permitted.op_key:
+            own = hashlib.sha256(f"{caller.name}\n{key}".encode()).hexdigest()[:16]
+            permitted = permitted.model_copy(update={"op_key": f"{permitted.operation}:{own}"})
+        if isinstance(permitted, requests.CreateToken | requests.RotateToken):
+            what = "an answer with a secret is not kept, so it could not be given a second time"
+            raise InvalidInput(what, "Idempotency-Key", "ask without a key; `onebasis token list` shows what was made")
+        asked = f"{route_of(request).name}\n{request.model_dump_json()}"
+        digest = hashlib.sha256(asked.encode()).hexdigest()
+        book = self._service.sources.kept_answers
+        return book.once(caller.name, key, digest, lambda: self._carried_out(permitted, caller))
+
+    # --- streams -----------------------------------------------------------------------------------------------
+
+    def follow(self, request: requests.ReadEvents, caller: Caller) -> Interest:
+        """Which events a stream for somebody is about. Raises what refuses it."""
+        try:
+            permitted = self._permitted(route_of(request), request, caller)
+            assert isinstance(permitted, requests.ReadEvents)
+            return self._service.tasks.interest(permitted, caller.teams)
+        except OnebasisError as error:
+            if caller.teams is None:
+                raise
+            raise shown_error(error, self._eyes(caller.teams, error.args, request)) from None
+
+    def show(self, events: Sequence[NamedEvent], teams: frozenset[str] | None) -> list[Json]:
+        """Events of these teams' tasks as their people see them; None: as those who see all."""
+        told = [asdict(event) for event in events]
+        if teams is None:
+            return told
+        eyes = self._eyes(teams, told, requests.ReadEvents())
+        return [shown(event, eyes) for event in told]
 
     # --- may they ----------------------------------------------------------------------------------------------
 
@@ -106,7 +161,7 @@ class Guard:
     def _teams_of(self, route: Route, request: Request, caller: Caller) -> Collection[str]:
         """The teams that a request is about, where that is to be known."""
         reference = getattr(request, "reference", None)
-        if route.about is About.TASK or (route.about is About.TEAM and reference is not None):
+        if route.about is About.TASK or (route.about in (About.TEAM, About.OWN_TEAMS) and reference is not None):
             # Whoever sees all teams may name what the database lost; nobody else comes here with it.
             if caller.teams is None:
                 return (EVERY_TEAM,)

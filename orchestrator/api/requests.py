@@ -8,7 +8,7 @@ to its `on`, and from there to the method of the service. Requests to the store'
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -30,6 +30,8 @@ Answer = TypeVar("Answer")
 PAGE = 200
 """Number of tasks that are listed unless more are asked for."""
 PAGE_MAX = 10_000
+EVENTS = 1000
+"""The same of events."""
 MOVES = 20
 """Number of moves of a branch that are listed unless more are asked for."""
 PREDICTIONS_MAX = 256
@@ -64,6 +66,10 @@ class ServiceRequest(Request, Generic[Answer]):
     def on(self, service: Service) -> Answer:
         """Carry it out."""
         raise NotImplementedError
+
+    def next_page(self, answer: Answer) -> Self | None:
+        """The request for what follows on an answer; None: nothing does."""
+        return None
 
 
 def not_running(operation: str) -> Unavailable:
@@ -159,13 +165,16 @@ class ListTasks(ServiceRequest[list[Json]]):
     """Only tasks of this base model; None: of all."""
     live: bool = False
     """Only tasks that have not ended."""
-    before: Line = ""
+    cursor: Line = ""
     """Id of a task: only older tasks are listed. Empty: the newest ones."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Tasks in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
         return service.tasks.page(self)
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"cursor": answer[0]["task_id"]}) if len(answer) == self.limit else None
 
 
 class ListTeams(ServiceRequest[Json]):
@@ -297,23 +306,59 @@ class Predict(ServiceRequest[Json]):
         return service.answers.predict(self)
 
 
-class ReadLog(ServiceRequest[list[Json]]):
-    """A task's history after an event."""
+Way = Literal["features", "energy"]
 
-    reference: Reference
-    after: EventNumber = 0
+
+class Which(ServiceRequest[Json]):
+    """Find the task that each text is for, and have it answer. As `Predict`, but of no task by name."""
+
+    does = "loading the base model, and answering"
+    texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=PREDICTIONS_MAX)]
+    way: Way | None = None
+    """By the base model's features of each task's evaluation rows, or without any row by the updates themselves.
+    Default: by features where a task has some."""
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    base_model: OfBaseModel = None
+
+
+class ReadEvents(ServiceRequest[list[Json]]):
+    """What happened to tasks, with the lines of their logs and the points of their curves, oldest first: a page of it,
+    or, as `text/event-stream`, what comes as well. A stream goes on behind the event that `Last-Event-ID` names."""
+
+    reference: Reference | None = None
+    """Only events of this task."""
+    team: Name | None = None
+    """Only events of this team's tasks."""
+    kinds: Annotated[str, Field(pattern="^([A-Za-z]{1,40}(,[A-Za-z]{1,40}){0,39})?$")] = ""
+    """Only events of these kinds, with commas between them; empty: of all."""
+    after: EventNumber | None = None
+    """Number of an event: only later ones. None: a page begins with the first one, a stream with the next one."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = EVENTS
+    """Events of a page, at most."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.tasks.log(self)
+        return service.tasks.events(self)
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"after": answer[-1]["event_id"]}) if len(answer) == self.limit else None
 
 
 class ListVersions(ServiceRequest[list[Json]]):
-    """All versions, oldest first."""
+    """The versions, oldest first: all of them, or a page."""
 
     base_model: OfBaseModel = None
+    cursor: VersionNumber | None = None
+    """Number of a version: only later ones are listed. None: from the first one on."""
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] | None = None
+    """Versions in the answer, at most; None: any number."""
 
     def on(self, service: Service) -> list[Json]:
-        return service.versions(self.base_model).all()
+        later = [row for row in service.versions(self.base_model).all() if row["version"] > (self.cursor or 0)]
+        return later[: self.limit]
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        return self.model_copy(update={"cursor": answer[-1]["version"]}) if len(answer) == self.limit else None
 
 
 class BranchesAt(ServiceRequest[Json]):
@@ -512,15 +557,19 @@ class RevokeToken(ServiceRequest[Json]):
 class ReadAudit(ServiceRequest[list[Json]]):
     """Rows of the audit log, the oldest first: the newest ones, or those after a number."""
 
-    after: EventNumber | None = None
-    """Number of a row; None: the newest rows."""
+    cursor: EventNumber | None = None
+    """Number of a row: only later ones are listed. None: the newest rows."""
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] = PAGE
     """Rows in the answer, at most."""
 
     def on(self, service: Service) -> list[Json]:
         audit = service.sources.audit
-        rows = audit.newest(self.limit) if self.after is None else audit.page(self.after, self.limit)
+        rows = audit.newest(self.limit) if self.cursor is None else audit.page(self.cursor, self.limit)
         return [asdict(row) for row in rows]
+
+    def next_page(self, answer: list[Json]) -> Self | None:
+        is_more = self.cursor is not None and len(answer) == self.limit
+        return self.model_copy(update={"cursor": answer[-1]["seq"]}) if is_more else None
 
 
 class VerifyAudit(ServiceRequest[Json]):

@@ -16,6 +16,9 @@ from orchestrator.api import requests
 from orchestrator.api.access import About, Role
 from subspace_store import requests as store
 
+PREFIX = "/v1"
+"""What all paths begin with. Fields may be added to answers; what would break a client gets another number."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -41,12 +44,17 @@ class Route:
         return self.is_write and self.verb != "PUT"
 
     @property
+    def url(self) -> str:
+        """Path of its URL, with the fields that stand in it in braces. What Prometheus reads is where it looks."""
+        return self.path if self.record is requests.Metrics else PREFIX + self.path
+
+    @property
     def in_path(self) -> tuple[str, ...]:
         """Names of the fields that stand in the path."""
         return tuple(re.findall(r"{(\w+)", self.path))
 
 
-_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.MissingFiles)
+_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.Which, requests.MissingFiles)
 """What changes nothing, and is a POST all the same."""
 
 ROUTES: tuple[Route, ...] = (
@@ -70,7 +78,8 @@ ROUTES: tuple[Route, ...] = (
     Route("drain", "POST", "/drain", Role.ADMIN, About.EVERYTHING, requests.DrainWorker),
     Route("change-many", "POST", "/change-many", Role.MAINTAINER, About.TEAM, requests.ChangeMany),
     Route("predict", "POST", "/predict/{reference:path}", Role.VIEWER, About.TASK, requests.Predict),
-    Route("logs", "GET", "/logs/{reference:path}", Role.VIEWER, About.TASK, requests.ReadLog),
+    Route("events", "GET", "/events", Role.VIEWER, About.OWN_TEAMS, requests.ReadEvents),
+    Route("which", "POST", "/which", Role.VIEWER, About.OWN_TEAMS, requests.Which),
     Route("versions", "GET", "/versions", Role.VIEWER, About.SERVICE, requests.ListVersions),
     Route("at", "GET", "/at", Role.VIEWER, About.SERVICE, requests.BranchesAt),
     Route("history", "GET", "/history/{branch}", Role.VIEWER, About.SERVICE, requests.ShowHistory),

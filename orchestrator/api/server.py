@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -15,16 +16,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+from urllib.parse import urlencode
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -42,13 +45,17 @@ from configs.errors import (
 from configs.limits import BYTES_MAX, short, short_text
 from configs.plain_text import escaped
 from configs.settings import TlsSettings, read_settings
-from orchestrator.api.access import Caller
+from orchestrator.api import requests
 from orchestrator.api.callers import Callers
-from orchestrator.api.exchange import ALIVE_PATH
-from orchestrator.api.requests import Export, Metrics, Submit
+from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
+from orchestrator.api.feed import Feed, Interest
+from orchestrator.api.guard import Guard
+from orchestrator.api.requests import Export, Metrics, ReadEvents, ServiceRequest, Submit
 from orchestrator.api.routes import ROUTES, Route, read_request
+from orchestrator.api.shapes import REF, problem_schema, schema_of
 from orchestrator.reports import prometheus
 from orchestrator.signs_of_life import CONTROL_PLANE, children, end_now, left_behind, title_of
+from orchestrator.tasks.answer_book import HEADER
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX
 from orchestrator.web.pages import INDEX, read_pages
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
@@ -74,8 +81,16 @@ PIECES_AT_ONCE = 8
 """Pieces of files that are written at the same time: each waits for the disk."""
 CHUNK_BYTES = 2**18
 """Bytes of a piece in memory: so much for each connection."""
+READS_FOR_STREAMS = 4
+"""Reads of the database for streams, at the same time."""
+TAKE_SECONDS = 60.0
+"""How long a client may take nothing of what is sent to it before it is cut off."""
 LOOKUPS_AT_ONCE = 16
 """Tokens that are looked up at the same time: each is one read of the database."""
+PROBLEM = "urn:onebasis:problem:"
+"""What the types of errors begin with; their codes follow, as docs/trouble.md has them."""
+KEY_MAX = 200
+"""Characters of an idempotency key."""
 CONNECTIONS_MAX = 500
 """Connections at the same time; more are answered with 503. Below the 1,024 files that a process may open."""
 
@@ -91,15 +106,32 @@ class AsciiJson(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-class Answers(Protocol):
-    """What carries requests out: a `Guard`, or whichever one it is at the moment."""
+class Problem(AsciiJson):
+    """An error in the form of RFC 9457: its type is that of the error's class, and beside the fields that all problems
+    have it has those of our errors."""
 
-    def answer(self, request: Document, caller: Caller) -> Any: ...
+    media_type = "application/problem+json"
+
+    def __init__(
+        self, error: OnebasisError, status: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        code = status or error.http_status
+        about = {"type": f"{PROBLEM}{error.row}", "title": error.title, "status": code, "detail": error.sentence}
+        super().__init__({**about, **error.as_dict()}, code, headers)
 
 
-def api(service: Answers, callers: Callers) -> FastAPI:
-    """The HTTP API: every route of the table, behind bearer tokens."""
+def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
+    """The HTTP API: every route of the table, behind bearer tokens.
+
+    Args:
+        guard: What carries requests out, at the moment. Raises Unavailable where nothing does.
+    """
     app = FastAPI(title="onebasis", description="One shared low-rank subspace for every team's tasks.")
+    app.state.is_ending = lambda: False
+    streams = CapacityLimiter(READS_FOR_STREAMS)
+    feed = app.state.feed = Feed(
+        guard, lambda work: to_thread.run_sync(work, limiter=streams), lambda: app.state.is_ending()
+    )
 
     lookups, meter = CapacityLimiter(LOOKUPS_AT_ONCE), prometheus.Meter()
 
@@ -108,7 +140,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         if request.url.path in (ALIVE_PATH, PAGE_PATH) or request.url.path.startswith(FILES_PATH):
             return await call_next(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        secret = given if scheme.lower() == "bearer" else ""
+        secret = request.state.secret = given if scheme.lower() == "bearer" else ""
         try:
             caller = callers.of_owner(secret) or await to_thread.run_sync(callers.of, secret, limiter=lookups)
         except OnebasisError as error:
@@ -121,26 +153,26 @@ def api(service: Answers, callers: Callers) -> FastAPI:
         return answer
 
     @app.exception_handler(OnebasisError)
-    def report(_: Request, error: OnebasisError) -> AsciiJson:
+    def report(_: Request, error: OnebasisError) -> Problem:
         # The rest of a body that is too long is not read, so this connection cannot be used again.
         headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
         if isinstance(error, UnknownToken):
             headers["www-authenticate"] = "Bearer"
         if isinstance(error, TooManyRequests):
             headers["retry-after"] = str(math.ceil(error.retry_seconds))
-        return AsciiJson(error.as_dict(), error.http_status, headers)
+        return Problem(error, headers=headers)
 
     @app.exception_handler(HTTPException)
-    def no_route(request: Request, error: HTTPException) -> AsciiJson:
+    def no_route(request: Request, error: HTTPException) -> Problem:
         what = f"there is no {request.method} {short_text(request.url.path)}"
         told = NotFound(what, todo="/openapi.json lists what there is")
-        return AsciiJson(told.as_dict(), status_code=error.status_code)
+        return Problem(told, error.status_code)
 
     @app.exception_handler(Exception)
-    def confess(request: Request, error: Exception) -> AsciiJson:
+    def confess(request: Request, error: Exception) -> Problem:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
-        return AsciiJson(told.as_dict(), status_code=told.http_status)
+        return Problem(told)
 
     @app.get(ALIVE_PATH, include_in_schema=False)
     async def alive() -> AsciiJson:  # needs no token: who waits for an answer asks it, and so do load balancers
@@ -160,17 +192,22 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
     submissions, writes = CapacityLimiter(SUBMISSIONS_AT_ONCE), CapacityLimiter(WRITES_AT_ONCE)
     pieces = CapacityLimiter(PIECES_AT_ONCE)
+
+    async def still(request: Request) -> None:
+        await to_thread.run_sync(partial(callers.of, request.state.secret, counts=False), limiter=lookups)
+
     for route in ROUTES:
         threads = submissions if route.record is Submit else writes if route.verb == "POST" else None
+        endpoint = (
+            _piece_endpoint(guard, route, pieces) if route.verb == "PUT" else _endpoint(guard, route, threads, meter)
+        )
         app.add_api_route(
-            route.path,
-            _piece_endpoint(service, route, pieces)
-            if route.verb == "PUT"
-            else _endpoint(service, route, threads, meter),
+            route.url,
+            _or_stream(guard, route, feed, still, endpoint) if route.record is ReadEvents else endpoint,
             methods=[route.verb],
             name=route.name,
             description=route.record.__doc__,
-            response_class=Response if route.record is Export else AsciiJson,
+            response_class=Response if route.record in (Export, Metrics) else AsciiJson,
             openapi_extra=_described(route),
         )
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -178,7 +215,7 @@ def api(service: Answers, callers: Callers) -> FastAPI:
 
 
 def _endpoint(
-    service: Answers, route: Route, threads: CapacityLimiter | None, meter: prometheus.Meter
+    guard: Callable[[], Guard], route: Route, threads: CapacityLimiter | None, meter: prometheus.Meter
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that answers on a route. threads: Threads for its requests; None: those for requests that read."""
 
@@ -187,20 +224,50 @@ def _endpoint(
 
         def work() -> Response:  # reading and writing JSON too: it takes a second for the largest
             asked = read_request(route, request.path_params, query, body)
-            answer = service.answer(asked, request.state.caller)
+            answer = guard().answer(asked, request.state.caller, _key(request))
             if isinstance(answer, bytes):
                 return Response(answer, media_type="application/zip")
             if isinstance(asked, Metrics):
                 return Response(answer + meter.text(), media_type=prometheus.CONTENT_TYPE)
-            return AsciiJson(answer)
+            return _unless_known(request, AsciiJson(answer, headers=_links(route, asked, answer)))
 
         return await to_thread.run_sync(work, limiter=threads)
 
     return answer
 
 
+def _key(request: Request) -> str:
+    """The key under which a request is carried out once; empty: none. Raises InvalidInput."""
+    key = request.headers.get(HEADER, "")
+    if len(key) > KEY_MAX or not (key.isascii() and key.isprintable()):
+        raise InvalidInput(f"is longer than {KEY_MAX} characters, or has odd ones", HEADER, "send a random one")
+    return key
+
+
+def _links(route: Route, asked: Document, answer: Any) -> dict[str, str]:
+    """Headers that say where an answer goes on."""
+    following = asked.next_page(answer) if isinstance(asked, ServiceRequest) else None
+    if following is None:
+        return {}
+    query = following.model_dump(mode="json", exclude_defaults=True)
+    return {"link": f'<{route.url}?{urlencode(query)}>; rel="next"'}
+
+
+def _unless_known(request: Request, answer: AsciiJson) -> Response:
+    """An answer; or, to who has it already, that it has not changed. Only what was read has a tag."""
+    if request.method != "GET":
+        return answer
+    tag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
+    answer.headers.update({"etag": tag, "cache-control": "private, no-cache", "vary": "Authorization, Accept"})
+    known = {one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")}
+    if tag not in known and "*" not in known:
+        return answer
+    kept = {name: answer.headers[name] for name in ("etag", "cache-control", "vary", "link") if name in answer.headers}
+    return Response(status_code=304, headers=kept)
+
+
 def _piece_endpoint(
-    service: Answers, route: Route, threads: CapacityLimiter
+    guard: Callable[[], Guard], route: Route, threads: CapacityLimiter
 ) -> Callable[[Request], Awaitable[Response]]:
     """The function that takes pieces of files: who may not send one is refused before it is read, and it goes to the
     disk as it comes."""
@@ -209,7 +276,7 @@ def _piece_endpoint(
         query, caller = _query(request, route), request.state.caller
 
         def begin() -> Any:
-            return service.answer(read_request(route, request.path_params, query, b""), caller)
+            return guard().answer(read_request(route, request.path_params, query, b""), caller)
 
         chunks = _chunks(request, PIECE_BYTES_MAX)
         try:
@@ -232,6 +299,54 @@ def _piece_endpoint(
             piece.close()
 
     return answer
+
+
+def _or_stream(
+    guard: Callable[[], Guard],
+    route: Route,
+    feed: Feed,
+    still: Callable[[Request], Awaitable[None]],
+    page: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """The function that answers with a page of events, or, for who accepts one, with a stream. still: Raises what keeps
+    its caller from going on."""
+
+    async def answer(request: Request) -> Response:
+        if EVENT_STREAM not in request.headers.get("accept", ""):
+            return await page(request)
+        query, caller = _query(request, route), request.state.caller
+
+        def begin() -> tuple[Interest, int | None]:
+            asked = read_request(route, request.path_params, query, b"")
+            assert isinstance(asked, ReadEvents)
+            return guard().follow(asked, caller), _last_event(request, asked.after)
+
+        interest, after = await to_thread.run_sync(begin)
+        pieces = feed.stream(interest, after, caller.teams, partial(still, request))
+        first = await anext(pieces)
+
+        async def sent() -> AsyncIterator[bytes]:
+            async with aclosing(pieces):
+                yield first
+                async for piece in pieces:
+                    yield piece
+
+        # No proxy is to wait until a piece is full.
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(sent(), media_type=EVENT_STREAM, headers=headers)
+
+    return answer
+
+
+def _last_event(request: Request, after: int | None) -> int | None:
+    """Number of the last event that whoever asks has: what a browser sends when it connects again counts more than what
+    stands in the address. Raises InvalidInput."""
+    last = request.headers.get("last-event-id", "")
+    if not last:
+        return after
+    if not (last.isascii() and last.isdecimal() and len(last) <= 16):
+        raise InvalidInput("is no number of an event", "Last-Event-ID", "send the id of the last event that came")
+    return int(last)
 
 
 def _query(request: Request, route: Route) -> dict[str, str]:
@@ -279,15 +394,31 @@ def _too_large(bytes_max: int) -> TooLarge:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, with a limit for the wait for a request's head; uvicorn's own waits for ever."""
+    """uvicorn's protocol, with limits for the wait for a request's head, and for a client that takes nothing of what is
+    sent; uvicorn's own waits for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._pauses = 0
         self._await_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.loop.call_later(TAKE_SECONDS, self._close_untaken, self._pauses)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._pauses += 1
+
+    def _close_untaken(self, pauses: int) -> None:
+        """pauses: Number of pauses before the one that began then."""
+        if self._pauses == pauses and not self.transport.is_closing():
+            log.info("a client took nothing of what was sent for %.0f s, and is cut off", TAKE_SECONDS)
+            self.transport.abort()
 
     def _await_head(self) -> None:
         self.loop.call_later(HEAD_SECONDS, self._close_without_head, self.cycle)
@@ -310,16 +441,21 @@ def http_server(app: FastAPI, tls: TlsSettings | None = None) -> Any:
         ssl_certfile=tls.cert_file if tls else None,
         ssl_keyfile=tls.key_file if tls else None,
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    app.state.is_ending = lambda: server.should_exit
+    return server
 
 
 def _described(route: Route) -> dict[str, Any]:
     """OpenAPI's description of a route's parameters and body: its record's own schema."""
-    schema = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = route.record.model_json_schema(ref_template=REF)
     fields, required = schema.get("properties", {}), schema.get("required", [])
     placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
     rest = {name: field for name, field in fields.items() if name not in route.in_path}
-    facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed}
+    facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed, "responses": _answers(route)}
+    if route.is_audited:
+        key = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": "^[!-~]+$"}
+        facts["parameters"].append({"name": HEADER, "in": "header", "required": False, "schema": key})
     if route.verb != "POST":
         facts["parameters"] += [
             {"name": name, "in": "query", "required": name in required, "schema": field} for name, field in rest.items()
@@ -331,13 +467,30 @@ def _described(route: Route) -> dict[str, Any]:
     return facts | {"requestBody": {"required": bool(needed), "content": {"application/json": {"schema": body}}}}
 
 
+def _answers(route: Route) -> dict[str, Any]:
+    """OpenAPI's description of what a route answers, refusals apart."""
+    done: dict[str, Any] = {"description": "done"}
+    match route.record:
+        case requests.Export:
+            return {"200": done | {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}}
+        case requests.Metrics:
+            return {"200": done | {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    content: dict[str, Any] = {"application/json": {"schema": schema_of(route.record)[0]}}
+    if route.record is ReadEvents:
+        content[EVENT_STREAM] = {"schema": {"type": "string"}}
+    known = {"304": {"description": "the answer is that of the ETag in If-None-Match"}} if route.verb == "GET" else {}
+    return {"200": done | {"content": content}, **known}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
         for route in ROUTES:
-            whole = route.record.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= whole.get("$defs", {})
+            schemas |= route.record.model_json_schema(ref_template=REF).get("$defs", {})
+            if route.record not in (requests.Export, requests.Metrics):
+                schemas |= schema_of(route.record)[1]
+        schemas["Problem"] = problem_schema()
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"] |= _REFUSALS
@@ -345,8 +498,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+_PROBLEM = {"$ref": REF.format(model="Problem")}
 _REFUSALS = {
-    str(status): {"description": words}
+    str(status): {
+        "description": words,
+        "content": {Problem.media_type: {"schema": {"$ref": REF.format(model="Problem")}}},
+    }
     for status, words in (
         (401, "missing or wrong token"),
         (403, "the role of who asks is too low"),

@@ -22,6 +22,7 @@ from orchestrator.api import requests
 from orchestrator.api.answers import Answers
 from orchestrator.api.requests import Json, ServiceRequest
 from orchestrator.api.routes import route_of
+from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
 from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
@@ -78,11 +79,12 @@ class Service:
         self._sources = Sources(settings, queue, controller, cluster, alarms, stands_by)
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
-        self.tasks = Tasks(self._sources, self._of_each, check)
+        served = Served(self._sources, deployment)
+        self.tasks = Tasks(self._sources, self._of_each, served, check)
         self.uploads = Uploads(lambda: self._sources.settings)
         self.answers = Answers(self._sources, self.versions)
         self.webhooks = WebhookAnswers(self._sources)
-        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, deployment)
+        self.status = ServiceStatus(self._sources, self._of_each, health, self.tasks.deadlines, served)
 
     @property
     def sources(self) -> Sources:
@@ -195,10 +197,15 @@ class Service:
         match request:
             case requests.ListTasks():
                 return self.tasks.page(request, of_teams)
+            case requests.ReadEvents():
+                return self.tasks.events(request, of_teams)
             case requests.ListWebhooks():
                 return self.webhooks.all(request, of_teams)
             case requests.ShowHistory():
                 return self.versions(request.base_model).history(request, of_teams)
+            case requests.Which():
+                self.refuse_write()  # as for Predict
+                return self.answers.which(request, of_teams)
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():

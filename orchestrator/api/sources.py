@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
     from orchestrator.controller import Controller
     from orchestrator.leadership import StandsBy
+    from orchestrator.tasks.answer_book import AnswerBook
     from orchestrator.tasks.audit_log import AuditLog
     from orchestrator.tasks.outbox import Outbox
     from orchestrator.tasks.task_queue import TaskQueue
@@ -69,6 +70,13 @@ class Sources:
         from orchestrator.tasks.audit_log import AuditLog
 
         return AuditLog(self.queue.database)
+
+    @cached_property
+    def kept_answers(self) -> AnswerBook:
+        """What was answered to requests that had a key."""
+        from orchestrator.tasks.answer_book import AnswerBook
+
+        return AnswerBook(self.queue.database)
 
     @cached_property
     def outbox(self) -> Outbox:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from configs.document import without_password
@@ -17,15 +16,13 @@ from orchestrator.api import latest, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.latest import LOOKING, Latest
 from orchestrator.api.requests import Json
+from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions
 from orchestrator.api.views import pause_json
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import SERVICE, TaskState
 from subspace_store.log.version import CANDIDATE, MAIN, SubspaceState
-
-if TYPE_CHECKING:
-    from orchestrator.serving.deployment import Deployment
 
 
 class ServiceStatus:
@@ -35,7 +32,7 @@ class ServiceStatus:
         versions: Base model to the versions of its subspace.
         health: What the process knows of itself.
         deadlines: Those that cannot be met.
-        deployment: What answers over HTTP; None where no service runs.
+        served: What answers over HTTP.
     """
 
     def __init__(
@@ -44,11 +41,9 @@ class ServiceStatus:
         versions: Mapping[str, Versions],
         health: Callable[[], Json],
         deadlines: Deadlines,
-        deployment: Deployment | None = None,
+        served: Served,
     ) -> None:
-        self._answering = (
-            None if deployment is None else Latest(lambda: deployment.facts(sources.settings), "Ray Serve")
-        )
+        self._served = served
         self._sources = sources
         self._versions = versions
         self._health = health
@@ -80,7 +75,7 @@ class ServiceStatus:
             "left_running": self._left_running(),
             **({} if self._sources.is_up else self._led_elsewhere()),
             **self.health(),
-            "serving": self._serving_soon(),
+            "serving": self._served.now(),
             "base_models": of_each,
         }
 
@@ -156,17 +151,6 @@ class ServiceStatus:
                 self._deadlines.look()
         for versions in list(self._versions.values()):
             versions.try_to_write()
-
-    def _serving_soon(self) -> Json:
-        """What answers over HTTP; only where it should be, while Ray Serve is late or away."""
-        serving = self._sources.settings.serving
-        if self._answering is None or serving is None:
-            return {}
-        try:
-            return self._answering.within(latest.LOOK_SECONDS)
-        except Exception as error:  # Ray may raise anything: it is told, and `status` answers
-            told = error.what if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
-            return {"url": serving.url, "state": "unknown", "message": told, "base_models": {}}
 
     def _led_elsewhere(self) -> Json:
         """Which other control planes run of this service, whose own here does not."""

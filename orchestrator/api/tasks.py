@@ -17,8 +17,10 @@ from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
+from orchestrator.api.feed import Interest
 from orchestrator.api.lengths import Lengths, in_line, least_seconds, with_later
 from orchestrator.api.requests import Json
+from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
 from orchestrator.api.versions import Versions, hold_over
 from orchestrator.api.views import pause_json
@@ -54,12 +56,16 @@ class Tasks:
 
     Args:
         versions: Base model to the versions of its subspace.
+        served: What answers over HTTP.
         check: How a submission is checked; default: in the thread that asks, which nothing can end.
     """
 
-    def __init__(self, sources: Sources, versions: Mapping[str, Versions], check: Check | None = None) -> None:
+    def __init__(
+        self, sources: Sources, versions: Mapping[str, Versions], served: Served, check: Check | None = None
+    ) -> None:
         self._sources = sources
         self._versions = versions
+        self._served = served
         self._check = check
         self._estimates = Estimates(lambda: sources.queue)
         self._lengths = Lengths(sources)
@@ -164,7 +170,7 @@ class Tasks:
         states = (request.state,) if request.state else tuple(LIVE) if request.live else ()
         base_model = request.base_model
         records = self._sources.queue.page(
-            states, request.team, request.before, request.limit, base_model=base_model, of_teams=of_teams
+            states, request.team, request.cursor, request.limit, base_model=base_model, of_teams=of_teams
         )
         if not records:
             self._known_team(request.team)
@@ -213,6 +219,7 @@ class Tasks:
             "result": result,
             "alarms": [a.as_dict() for a in self._sources.alarms.of(record.base_model)] if record.state in LIVE else [],
             "revisions": self._revisions(record),
+            "served": self._served.of(record, versions.state_soon if versions is not None else lambda: None),
             "scores_of_rows": versions.scores_of_rows(record) if versions is not None else [],
             **views.task_details(record, self._sources.queue.events(record.task_id), plot),
             "warnings": views.warnings(record, result),
@@ -392,10 +399,21 @@ class Tasks:
         if request.team is not None:
             raise InvalidInput("names a task and a team", "team", "name one of them")
 
-    def log(self, request: requests.ReadLog) -> list[Json]:
-        """A task's history after an event id; the points of its curves as JSON."""
-        record = self._sources.queue.find(request.reference)
-        return [asdict(event) for event in self._sources.queue.events(record.task_id, request.after)]
+    def events(self, request: requests.ReadEvents, of_teams: Collection[str] | None = None) -> list[Json]:
+        """A page of what happened. of_teams: Teams whose tasks there are for who asks; None: all."""
+        queue, wanted = self._sources.queue, self.interest(request, of_teams)
+        return [asdict(event) for event in queue.told(request.after or 0, request.limit, **vars(wanted))]
+
+    def interest(self, request: requests.ReadEvents, of_teams: Collection[str] | None) -> Interest:
+        """Which events a request is about. of_teams: As for `events`."""
+        if request.team is not None:
+            self._known_team(request.team)
+            of_teams = {request.team} if of_teams is None or request.team in of_teams else ()
+        return Interest(
+            task_id=self._sources.queue.find(request.reference).task_id if request.reference is not None else None,
+            of_teams=None if of_teams is None else frozenset(of_teams),
+            kinds=frozenset(filter(None, request.kinds.split(","))),
+        )
 
     def _summary(self, record: TaskRecord, line: Line | None = None) -> Json:
         progress = self._sources.queue.progress(record.task_id) if views.is_at_work(record) else {}

@@ -38,11 +38,16 @@ class Waiting:
     def _alarms(self) -> tuple[str, ...]:
         from orchestrator.api.client import trust_of
         from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange
+        from orchestrator.api.routes import PREFIX
 
         try:
             url, token = self._server["url"], self._server["token"]
             reply = exchange(
-                f"{url}/health", "GET", token=token, timeout_seconds=HEALTH_SECONDS, trust=trust_of(self._server)
+                f"{url}{PREFIX}/health",
+                "GET",
+                token=token,
+                timeout_seconds=HEALTH_SECONDS,
+                trust=trust_of(self._server),
             )
             return tuple(alarm["text"] for alarm in json.loads(reply.content).get("alarms", ()))
         except (NobodyListensError, NotTakenError, Unavailable, ValueError):

@@ -155,7 +155,7 @@ def _export(client: Client, output: Path) -> int:
     count, after = 0, 0
     try:
         with output.open("x", encoding="utf-8") as file:
-            while rows := client.ask(ReadAudit(after=after, limit=1000)):
+            while rows := client.ask(ReadAudit(cursor=after, limit=1000)):
                 for row in rows:
                     file.write(json.dumps(row) + "\n")
                 count, after = count + len(rows), rows[-1]["seq"]

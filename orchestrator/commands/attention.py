@@ -4,13 +4,15 @@ somebody holds `main`."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from configs.errors import Unavailable
 from orchestrator.api.client import Client
-from orchestrator.api.requests import Health, Json
+from orchestrator.api.requests import Health, Json, ReadEvents
 from subspace_store.commands.terminal import note
 
+WATCH_SECONDS = 0.5
+"""Shortest pause between two looks at tasks."""
 LOOK_SECONDS = 3.0
 """Interval between two looks at the service."""
 DOWN_SECONDS = 60.0
@@ -90,3 +92,25 @@ class Attention:
         elif now - self._down_since >= DOWN_SECONDS:
             what = f"the service has been down for {now - self._down_since:.0f} s; the tasks stay as they are"
             raise Unavailable(what, todo="start it with `onebasis up`, then repeat this command")
+
+
+class UntilNews:
+    """Between two looks at tasks: until something happens to one of them, or a moment has passed, and for
+    WATCH_SECONDS at the least.
+
+    Args:
+        asked: Events that are waited for.
+        task_ids: Tasks whose events they have to be; None: any task's.
+    """
+
+    def __init__(self, client: Client, asked: ReadEvents, task_ids: Collection[str] | None = None) -> None:
+        self._task_ids = task_ids
+        self._news = client.follow(asked)
+
+    def __call__(self) -> None:
+        began = time.monotonic()
+        for event in self._news:
+            is_ours = event is None or self._task_ids is None or event["task_id"] in self._task_ids
+            if is_ours or time.monotonic() - began > LOOK_SECONDS:
+                break
+        time.sleep(max(0.0, began + WATCH_SECONDS - time.monotonic()))

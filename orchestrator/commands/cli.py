@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +39,7 @@ from orchestrator.api.requests import (
     Preempt,
     PreviewRestore,
     PreviewRollback,
-    ReadLog,
+    ReadEvents,
     Reload,
     Resume,
     Retry,
@@ -50,6 +49,8 @@ from orchestrator.api.requests import (
     ShowTask,
     ShowVersion,
     Status,
+    Way,
+    Which,
 )
 from orchestrator.commands import (
     accounts,
@@ -59,12 +60,13 @@ from orchestrator.commands import (
     prediction,
     score_texts,
     submission,
+    upkeep,
     version_tables,
     webhooks,
 )
-from orchestrator.commands.attention import Attention
+from orchestrator.commands.attention import LOOK_SECONDS, WATCH_SECONDS, Attention, UntilNews
 from orchestrator.commands.contexts import anywhere
-from orchestrator.commands.submission import ENDS, WATCH_SECONDS
+from orchestrator.commands.submission import ENDS
 from orchestrator.tasks.task_record import TaskState
 from subspace_store.commands.state_folder import keep_source, settings_source
 from subspace_store.commands.terminal import (
@@ -136,20 +138,9 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start the service: Ray, the store, the workers, the control plane. Safe to repeat."""
-    from configs.settings import read_settings
     from orchestrator.commands import processes
 
-    kept = state_dir / "settings.yaml"
-    chosen = config or (kept if kept.exists() else Path(sys.modules["configs"].__path__[0]) / "local.yaml")
-    settings = read_settings(chosen)
-    if config is None and not kept.exists():
-        settings = read_settings(chosen, root=state_dir.resolve().parent)
-    if Path(settings.state_dir).resolve() != state_dir.resolve():
-        raise InvalidInput(
-            f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
-            str(chosen),
-            f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
-        )
+    settings = processes.settings_to_run_with(config, state_dir)
     status = processes.up(settings, note if not as_json else _silent, take_over, config, remove_base_model or ())
     show(status, display.status, as_json)
     if not as_json and (made := accounts.first_token(Client(state_dir))) is not None:
@@ -287,7 +278,7 @@ def tasks(
 ) -> None:
     """List tasks with their state, place in the queue and scores."""
     client = Client(state_dir)
-    asked = ListTasks(team=team, state=_state(state), base_model=base_model, before=before, limit=limit)
+    asked = ListTasks(team=team, state=_state(state), base_model=base_model, cursor=before, limit=limit)
     service = Attention(client)
 
     def ask() -> list[display.Json]:
@@ -295,7 +286,7 @@ def tasks(
         return client.ask(asked)
 
     if watch:
-        (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
+        (display.follow_quietly if as_json else display.follow)(ask, UntilNews(client, ReadEvents(team=team)))
     rows = client.ask(asked)
     show(rows, display.tasks, as_json)
     if not rows and not as_json:
@@ -483,26 +474,34 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show a task's log: its events and the lines of its training."""
-    client, after, lines = Client(state_dir), 0, []
-    service, places = Attention(client), display.Places()
-    while True:
-        if follow:
-            service.look()
-        new = client.ask(ReadLog(reference=reference, after=after))
-        after = new[-1]["event_id"] if new else after
-        lines += new
+    client = Client(state_dir)
+    lines = []
+    for event in _followed(client, reference, as_json) if follow else client.pages(ReadEvents(reference=reference)):
+        lines.append(event)
         if not as_json:
-            display.log_lines(new)
-        if not follow:
-            break
+            display.log_lines([event])
+    if as_json:
+        print(json.dumps(lines))
+
+
+def _followed(client: Client, reference: str, as_json: bool) -> Iterator[dict[str, Any]]:
+    """A task's events until it has ended; meanwhile, what is new about its place and the service is said."""
+    service, places, last, looked = Attention(client), display.Places(), 0, 0.0
+    for event in client.follow(ReadEvents(reference=reference, after=0)):
+        if event is not None:
+            last = event["event_id"]
+            yield event
+            pause = LOOK_SECONDS if event["kind"] in display.TOLD_WHILE_TRAINING else WATCH_SECONDS
+            if time.monotonic() - looked < pause:
+                continue
+        looked = time.monotonic()
+        service.look()
         now = client.ask(ShowTask(reference=reference))
         if said := places.moved(now):
             (note if as_json else display.log_line)(said)
         if now["state"] in ENDS:
-            break
-        time.sleep(WATCH_SECONDS)
-    if as_json:
-        print(json.dumps(lines))
+            yield from client.pages(ReadEvents(reference=reference, after=last))
+            return
 
 
 @command_here
@@ -696,6 +695,13 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(help="Most processes that answer for each base model; the least is in the settings.")
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="`candidate`, or a number, answers a share of the requests; `none`: no longer."
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the requests for the canary; default: 0.05.")] = None,
     end: Annotated[bool, typer.Option("--end", help="Answer no more.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -705,16 +711,29 @@ def serve(
     /v1/predict takes rows; /v1/chat/completions and /v1/completions are OpenAI's, with `model` = team/task. Replicas
     follow `main`. The rest of `serving:` is in the settings.
     """
+    from configs.document import check_document
     from configs.settings import ServingSettings
     from subspace_store.commands.state_folder import service_settings
 
     settings = service_settings(state_dir)
     named = {"port": port, "host": host, "replicas_max": replicas}
     chosen = (settings.serving or ServingSettings()).model_dump() | {k: v for k, v in named.items() if v is not None}
-    serving = None if end else ServingSettings.model_validate(chosen)
+    chosen["canary"] = _canary(chosen["canary"], canary, share)
+    serving = None if end else check_document(chosen, ServingSettings, "serve")
     with telling("loading the base model for the replicas"):
         answer = Client(state_dir).ask(Reload(settings=settings.model_copy(update={"serving": serving}), by=me()))
     show(answer, display.serving, as_json)
+
+
+def _canary(before: dict[str, Any] | None, version: str | None, share: float | None) -> dict[str, Any] | None:
+    """The canary's settings after a command; a share that is not named stays."""
+    if version == "none":
+        return None
+    if version is None and share is not None and before is None:
+        raise InvalidInput("there is no canary to have a share", "--share", "name its version: `--canary candidate`")
+    named = {"version": int(version) if version is not None and version.isdecimal() else version, "share": share}
+    given = {name: value for name, value in named.items() if value is not None}
+    return (before or {}) | given if before or given else None
 
 
 @waiting_command
@@ -745,6 +764,25 @@ def predict(
     wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
     if wrong:
         raise typer.Exit(wrong[0].exit_code)
+
+
+@waiting_command
+def which(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What somebody would ask.")],
+    by: Annotated[
+        Way | None,
+        typer.Option(help="`features` of each task's evaluation rows, or `energy` of its update."),
+    ] = None,
+    number: AtVersion = None,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Find the task that a text is for, and have it answer. Shows the likeliest tasks, and how they were found."""
+    client = Client(state_dir)
+    version = _version_or_main(client, number, base_model)
+    asked = Which(texts=tuple(texts), way=by, version=version, base_model=base_model)
+    show(prediction.which(client, asked), lambda a: prediction.show_which(a, texts), as_json)
 
 
 @command
@@ -897,8 +935,11 @@ def _silent(_: str) -> None:
 for function in (accounts.whoami, accounts.audit):
     command(function)
 command_here(accounts.login)
+for kept in (upkeep.doctor, upkeep.backup, upkeep.restore, upkeep.upgrade):
+    command_here(kept)
 app.add_typer(accounts.token_app, name="token")
 app.add_typer(contexts.context_app, name="context")
+app.add_typer(upkeep.mlflow_app, name="mlflow")
 app.add_typer(webhooks.webhooks_app, name="webhooks")
 
 

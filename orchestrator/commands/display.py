@@ -127,7 +127,46 @@ def _serving(serving: Json) -> str:
         versions = ", ".join(f"version {replica['version']}" for replica in replicas) or "none ready"
         parts.append(f"{shown(name)} by {counted(len(replicas), 'replica')} ({versions})")
         parts += [f"[yellow]{shown(replica['trouble'])}[/yellow]" for replica in replicas if replica["trouble"]]
+        troubles = dict.fromkeys(replica["canary_trouble"] for replica in replicas if replica.get("canary_trouble"))
+        parts += [f"[yellow]no canary: {shown(trouble)}[/yellow]" for trouble in troubles]
+    parts += [f"{shown(name)}: {_canary(said)}" for name, said in (serving.get("canary") or {}).items()]
     return "; ".join([*parts, *([shown(serving["message"])] if serving.get("message") else [])])
+
+
+def _canary(said: Json) -> str:
+    """How another version answered its share of the requests, beside main's."""
+    sides = (("main", said["main"]), ("canary", said["canary"]))
+    times = " against ".join(
+        "–" if side["p50_seconds"] is None else f"{1000 * side['p50_seconds']:.0f} ms" for _, side in reversed(sides)
+    )
+    rows = sum(task["rows"] for task in said["tasks"].values())
+    agreed = sum(task["agreed"] for task in said["tasks"].values())
+    asked = said["canary"]["requests"]
+    of_all = counted(asked + said["main"]["requests"], "request")
+    text = f"canary version {said['version']} answered {asked} of {of_all}, {times} (median)"
+    text += f"; it agreed with version {said['main_version']} on {agreed} of {counted(rows, 'row')}"
+    worst = sorted(said["tasks"].items(), key=lambda item: item[1]["agreed"] / max(1, item[1]["rows"]))
+    if rows > agreed:
+        text += ", least in " + ", ".join(f"{shown(t)} ({n['agreed']} of {n['rows']})" for t, n in worst[:3])
+    return text + (f"; could not answer {said['failed']}" if said["failed"] else "")
+
+
+def _served(served: Json) -> str:
+    """What callers get who ask for a task over HTTP: each revision by how many replicas, and why some are behind."""
+    by: dict[str, list[Json]] = {}
+    for replica in served["replicas"]:
+        revision = replica["revision"]
+        says = "not held" if replica["task_id"] is None else "revision " + ("?" if revision is None else str(revision))
+        by.setdefault(f"{says} by version {replica['version']}", []).append(replica)
+    parts = [f"{what}: {counted(len(replicas), 'replica')}" for what, replicas in by.items()]
+    parts += [
+        f"[yellow]replica {replica['pid']} keeps version {replica['version']}: {shown(replica['trouble'])}[/yellow]"
+        for replica in served["replicas"]
+        if replica["trouble"]
+    ]
+    if not served["replicas"]:
+        parts = [shown(served["message"] or f"by nobody: what answers is {served['state']}")]
+    return "; ".join(parts)
 
 
 def serving(answer: Json) -> None:
@@ -401,6 +440,8 @@ def task(answer: Json) -> None:
             f"{score_text(part['first'])} when they were new",
             soft_wrap=True,
         )
+    if (served := answer.get("served")) is not None:
+        console.print(f"  served     {_served(served)}", soft_wrap=True)
     if said := _deadline(answer):
         console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:
@@ -520,6 +561,10 @@ def log_lines(events: Sequence[Json]) -> None:
         console.print(f"{_clock(event['at'])}  {shown(text)}", soft_wrap=True)
 
 
+TOLD_WHILE_TRAINING = ("log", "progress")
+"""Kinds of events that change nothing of where a task is."""
+
+
 class Places:
     """Tells when a waiting task moves in the queue, so that no place jumps without a word."""
 
@@ -540,8 +585,12 @@ class Places:
         return f"place in the queue {before} → {now}{why if now > before else ''}"
 
 
-def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
-    """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes."""
+def follow(ask: Callable[[], Sequence[Json]], pause: Callable[[], None]) -> None:
+    """Show tasks until all have ended: a live table in a terminal, else one line for each thing that changes.
+
+    Args:
+        pause: Returns when it is time to ask again.
+    """
     places = Places()
     if console.is_terminal:
         from rich.live import Live
@@ -555,7 +604,7 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
                 live.update(_task_table(rows))
                 if all(row["state"] in ENDED for row in rows):
                     return
-                time.sleep(every_seconds)
+                pause()
     seen: dict[str, str] = {}
     while True:
         rows = ask()
@@ -569,10 +618,10 @@ def follow(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
                 console.print(f"{_clock(time.time())}  {row['title']:23} {said}", markup=False, soft_wrap=True)
         if all(row["state"] in ENDED for row in rows):
             return
-        time.sleep(every_seconds)
+        pause()
 
 
-def follow_quietly(ask: Callable[[], Sequence[Json]], every_seconds: float) -> None:
+def follow_quietly(ask: Callable[[], Sequence[Json]], pause: Callable[[], None]) -> None:
     """As `follow`, where stdout is for JSON: only that a task is overtaken in the queue is said, on stderr."""
     places = Places()
     while True:
@@ -582,7 +631,7 @@ def follow_quietly(ask: Callable[[], Sequence[Json]], every_seconds: float) -> N
                 note(f"{row['title']}: {said}")
         if all(row["state"] in ENDED for row in rows):
             return
-        time.sleep(every_seconds)
+        pause()
 
 
 def _task_table(rows: Sequence[Json]) -> Table:

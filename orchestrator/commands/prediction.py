@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import InvalidInput, WorkersBusy, error_from_dict
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import REMOTE, Client
-from orchestrator.api.requests import PREDICTIONS_MAX, Json, Predict, ShowTask
+from orchestrator.api.requests import PREDICTIONS_MAX, Json, Predict, ShowTask, Which
 from subspace_store.commands.terminal import console, counted, decimals, errors, note, shown, telling
 
 TEXT_WIDTH = 60
@@ -60,6 +60,33 @@ def predict(
                 here = True
         with telling(LOADS):
             yield client.ask_here(some)
+
+
+def which(client: Client, asked: Which) -> Json:
+    """The tasks and their answers; where all workers are at work, as `predict`."""
+    try:
+        return client.ask(asked)
+    except WorkersBusy as error:
+        if REMOTE.get() is not None:
+            raise
+        note(f"{error.what}: {LOADS}")
+    with telling(LOADS):
+        return client.ask_here(asked)
+
+
+def show_which(answer: Json, texts: Sequence[str]) -> None:
+    """For each text a line with its answer, and one with the likeliest tasks."""
+    for text, said in zip(texts, answer["answers"], strict=True):
+        if "error" in said:
+            errors.print(
+                f"[red]error[/red]  {shown(str(error_from_dict(said['error'])))}  {shown(text)}", soft_wrap=True
+            )
+            continue
+        result = said.get("label") or said.get("text") or decimals(said.get("value", float("nan")))
+        console.print(f"{shown(said['task'])}  {shown(str(result))}  {shown(_short(text))}", soft_wrap=True)
+        others = " · ".join(f"{shown(task)} {decimals(score, 2)}" for task, score in said["routed"].items())
+        console.print(f"  by {said['routed_by']}: {others}", style="dim", soft_wrap=True)
+    note(f"version {answer['version']} of {answer['base_model']}")
 
 
 def joined(parts: Sequence[Json]) -> Json:

@@ -18,8 +18,16 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import Conflict, InvalidInput, NoSignOfLife, OwnedByAnother, Unavailable, error_from_dict
-from configs.settings import Settings
+from configs.errors import (
+    Conflict,
+    InvalidInput,
+    NoSignOfLife,
+    OwnedByAnother,
+    Unavailable,
+    UnsafeStorage,
+    error_from_dict,
+)
+from configs.settings import Settings, read_settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import Health, Status
@@ -39,6 +47,7 @@ from orchestrator.signs_of_life import (
 )
 from subspace_store.commands.state_folder import (
     LOCK_FILE,
+    RESTORE_FILE,
     SERVER_FILE,
     SETTINGS_FILE,
     join_service,
@@ -54,6 +63,7 @@ from subspace_store.commands.state_folder import (
     settings_text,
 )
 from subspace_store.commands.terminal import TELL_SECONDS, counted, telling
+from subspace_store.doctor import examine
 from subspace_store.log.store_format import check_place
 from subspace_store.log.version import MAIN
 from subspace_store.log.version_log import VersionLog, other_owner, owned_by_another
@@ -72,6 +82,27 @@ UNFINISHED = frozenset({AlarmCode.RAY_DOWN, AlarmCode.LOOP_SILENT, AlarmCode.STO
 """Alarms with which the service is not up yet: `up` reports them and waits for their end."""
 
 Say = Callable[[str], None]
+
+
+def settings_to_run_with(config: Path | None, state_dir: Path) -> Settings:
+    """The settings of a service in this folder: those of the file that is named, else those of the last `up` here, else
+    the ones for trying out.
+
+    Raises:
+        InvalidInput: They cannot be read, or are of a service in another folder.
+    """
+    kept = state_dir / SETTINGS_FILE
+    chosen = config or (kept if kept.exists() else Path(sys.modules["configs"].__path__[0]) / "local.yaml")
+    settings = read_settings(chosen)
+    if config is None and not kept.exists():
+        settings = read_settings(chosen, root=state_dir.resolve().parent)
+    if Path(settings.state_dir).resolve() != state_dir.resolve():
+        raise InvalidInput(
+            f"state_dir is {settings.state_dir}, but this command looks in {state_dir.resolve()}",
+            str(chosen),
+            f"add --state-dir {settings.state_dir} here and to later commands, or set ONEBASIS_STATE_DIR",
+        )
+    return settings
 
 
 def up(
@@ -98,6 +129,9 @@ def up(
         Unavailable: Something did not start; quotes the end of its log.
     """
     state_dir = Path(settings.state_dir)
+    if (state_dir / RESTORE_FILE).exists():
+        todo = "`onebasis restore` with the same backup and settings goes on with it"
+        raise Conflict("a backup is being restored here, or its restoring was cut off", str(state_dir), todo)
     _prepare(settings, state_dir)
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -106,6 +140,8 @@ def up(
             _await_what_ends(state_dir, say)
             _end_left_behind(state_dir, say)
             if running_server(state_dir) is None:
+                if settings.production:
+                    _refuse_unsafe_storage(settings, say)
                 _join_the_service(settings, state_dir, say)
                 _refuse_lost_base_models(settings, state_dir, removed)
                 _refuse_lost_teams(settings, state_dir)
@@ -228,6 +264,19 @@ def _prepare(settings: Settings, state_dir: Path) -> None:
         database = Path(url.partition(":///")[2].partition("?")[0])
         if url.startswith("sqlite") and database.parent.is_dir():
             open_private(database, "a").close()  # SQLite gives its other files the rights of this one
+
+
+def _refuse_unsafe_storage(settings: Settings, say: Say) -> None:
+    """Refuse, for production, a place that breaks one of the promises that a store relies on."""
+    for base in settings.bases:
+        storage = open_storage(settings.storage, base.name)
+        with telling(f"examining {storage.url}", say):
+            broken = [check for check in examine(storage) if not check.ok]
+        if broken:
+            told = "; ".join(f"{check.name}: {check.what}" for check in broken)
+            raise UnsafeStorage(
+                f"production: true, and this place fails the doctor: {told}", storage.url, broken[0].todo
+            )
 
 
 def _own_the_store(settings: Settings, state_dir: Path, take_over: bool, say: Say) -> None:

@@ -10,15 +10,14 @@ from typing import Any
 from configs.errors import Exit, InvalidInput, OnebasisError, QueueFull, Unavailable
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.api.client import Client
-from orchestrator.api.requests import ShowTask
+from orchestrator.api.requests import ReadEvents, ShowTask
 from orchestrator.commands import display
-from orchestrator.commands.attention import Attention
+from orchestrator.commands.attention import Attention, UntilNews
 from orchestrator.commands.sending import Sent, with_its_files
 from subspace_store.commands.terminal import errors, show
 
 Json = dict[str, Any]
 
-WATCH_SECONDS = 0.5
 ENDS = {
     "published": Exit.DONE,
     "replaced": Exit.DONE,
@@ -197,7 +196,8 @@ def _ended(client: Client, task_ids: Sequence[str], as_json: bool) -> list[Json]
         service.look()
         return [client.ask(ShowTask(reference=task_id)) for task_id in task_ids]
 
-    (display.follow_quietly if as_json else display.follow)(ask, WATCH_SECONDS)
+    asked = ReadEvents(reference=task_ids[0] if len(task_ids) == 1 else None)
+    (display.follow_quietly if as_json else display.follow)(ask, UntilNews(client, asked, task_ids))
     return ask()
 
 

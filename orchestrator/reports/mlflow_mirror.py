@@ -8,6 +8,7 @@ MLflow's own monitor would show this process's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -146,6 +147,27 @@ class Mirror:
         wanted = (time.monotonic() - begun) / LIVE_SHARE
         self._live_seconds = min(max(LIVE_SECONDS, wanted), LIVE_SECONDS_MAX)
         self._look_at = time.monotonic() + self._live_seconds if training else math.inf
+
+    def begin_anew(self) -> str:
+        """Put aside what MLflow shows of this service: the next `sync` makes all of it again.
+
+        Runs are deleted in MLflow's sense, under another experiment's name, and can be restored there. Registered
+        versions name them, and are made anew.
+
+        Returns:
+            Name of the deleted experiment.
+        """
+        from mlflow.exceptions import MlflowException
+
+        self._open()
+        name = f"{self._settings.mlflow.experiment} until {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}"
+        self._client.rename_experiment(self._experiment, name)
+        self._client.delete_experiment(self._experiment)
+        for base in self._settings.base_names:
+            with contextlib.suppress(MlflowException):  # nothing was published yet
+                self._client.delete_registered_model(base)
+        self._forget()
+        return name
 
     def _mirror_base_model(self, name: str, records: Mapping[str, TaskRecord]) -> None:
         """Bring MLflow to what the log of a base model's store says, and these tasks of it to their records."""

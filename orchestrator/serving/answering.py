@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.settings import BaseModelSettings, StorageSettings
+from configs.settings import BaseModelSettings, CanarySettings, StorageSettings
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
@@ -56,6 +56,11 @@ class Answering:
         async for piece in self._batcher.stream(question):
             yield piece
 
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Ray Serve with what changes while a replica runs (`user_config`)."""
+        canary = changed.get("canary")
+        self._replica.set_canary(CanarySettings.model_validate(canary) if canary else None)
+
     def facts(self) -> dict[str, Any]:
         """What this replica answers by, and how much it has answered."""
         replica = self._replica
@@ -65,6 +70,8 @@ class Answering:
             "trouble": replica.trouble,
             "batches": self._batcher.batches,
             "rows": self._batcher.rows,
+            "canary": replica.canary.comparison.as_dict() if replica.canary is not None else None,
+            "canary_trouble": replica.canary_trouble,
         }
 
     def check_health(self) -> None:

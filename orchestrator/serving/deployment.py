@@ -6,12 +6,15 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import Conflict, OnebasisError, Unavailable
 from configs.settings import ServingSettings, Settings
 from orchestrator.api.exchange import ALIVE_PATH, NobodyListensError, NotTakenError, exchange
+from subspace_store.digests import digest
+from workers.serving.canary import summed
 
 log = logging.getLogger("onebasis.serving")
 
@@ -68,6 +71,8 @@ class Deployment:
             try:
                 handle = serve.get_deployment_handle(_named(name), self._app)
                 found["base_models"][name] = handle.broadcast("facts").results(timeout_s=ASK_SECONDS)
+                if (compared := summed(found["base_models"][name])) is not None:
+                    found.setdefault("canary", {})[name] = compared
             except Exception as error:  # whatever Ray says: it is told, not needed
                 found["base_models"][name] = []
                 found["message"] = f"{name}: {type(error).__name__}: {error}"
@@ -131,6 +136,8 @@ class Deployment:
             base.name: serve.deployment(Answering)
             .options(
                 name=_named(base.name),
+                version=_version(base, settings.storage, serving.cpus, serving.rows_max),
+                _internal=True,
                 ray_actor_options=reserved,
                 max_ongoing_requests=serving.waiting_max,
                 autoscaling_config={
@@ -139,16 +146,21 @@ class Deployment:
                     "target_ongoing_requests": serving.rows_max,
                 },
                 health_check_period_s=5,
+                user_config={"canary": serving.canary.model_dump() if serving.canary is not None else None},
             )
             .bind(base, settings.storage, base.name, serving.cpus, serving.rows_max)
             for base in settings.bases
         }
-        door = serve.deployment(Door).options(
-            name="door", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=serving.waiting_max
-        )
         tls = settings.server.tls
         certificate = Path(tls.cert_file).read_text() if tls is not None else ""
         lodge = Lodge(self._url, certificate, settings.server.requests_per_second, digest_of(self._token))
+        door = serve.deployment(Door).options(
+            name="door",
+            version=_version(settings.storage, lodge, *replicas),
+            _internal=True,
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=serving.waiting_max,
+        )
         return door.bind(self._app, settings.storage, lodge, replicas)
 
     def _end(self) -> None:
@@ -179,6 +191,12 @@ class Deployment:
             return found
         except RayServeException:  # nothing of Ray Serve runs
             return {}
+
+
+def _version(*made_with: Any) -> str:
+    """What a process was made with. Ray Serve leaves those alone that would be made with the same, so that a canary
+    comes and goes without them; told no version, it makes them all anew, and its public API has no other way."""
+    return digest(repr((metadata.version("onebasis"), *made_with)).encode())
 
 
 def _named(base_model: str) -> str:

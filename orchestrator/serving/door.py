@@ -5,10 +5,12 @@ It needs the storage alone: which tasks there are it reads from the log of each 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
@@ -31,7 +33,7 @@ from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.serving.held import Held
-from workers.serving.question import Answer, Question
+from workers.serving.question import AUTO, Answer, Question
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
@@ -40,6 +42,8 @@ log = logging.getLogger("onebasis.serving")
 
 INPUTS_MAX = 1024
 """Most rows of one request."""
+KEY_HEADER = "x-onebasis-key"
+"""Header with the key of a request: requests with the same one are answered by the same version."""
 OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
 """Beginnings of the paths whose errors are told as OpenAI's clients read them."""
 
@@ -94,6 +98,10 @@ class Door:
         """
         if named is not None and named not in self._stores:
             raise NotFound(f"there is no base model '{named}'", todo=f"there are: {', '.join(self._stores)}")
+        if task == AUTO and (named is not None or len(self._stores) == 1):
+            return named or next(iter(self._stores))
+        if task == AUTO:
+            raise InvalidInput("a task is found among those of one base model", task, "name the base_model")
         found = []
         for name in [named] if named else self._stores:
             number = self._main(name) if version is None else version
@@ -106,6 +114,13 @@ class Door:
             where = "main holds no such task" if version is None else f"version {version} holds no such task"
             raise NotFound(where, task, "GET /v1/models lists them")
         return found[0]
+
+    def _among(self, base_model: str, task: str, teams: Teams, version: int | None) -> tuple[str, ...] | None:
+        """The tasks of which one is to be found, where none is named."""
+        if task != AUTO:
+            return None
+        number = self._main(base_model) if version is None else version
+        return tuple(name for name in self._held[base_model].at(number) if _sees(teams, name))
 
     async def answer(self, base_model: str, questions: Sequence[Question]) -> Sequence[Said]:
         """By any replica of the base model."""
@@ -177,7 +192,10 @@ class Door:
         if not 1 <= len(inputs) <= INPUTS_MAX:
             raise InvalidInput(f"has {len(inputs)} inputs", "inputs", f"give 1 to {INPUTS_MAX} at once")
         base_model = self.base_model_of(asked.task, teams, asked.base_model, asked.version)
-        answers = await self.answer(base_model, [Question(asked.task, row, asked.version) for row in inputs])
+        key = _key(request, asked.task, inputs)
+        among = self._among(base_model, asked.task, teams, asked.version)
+        questions = [Question(asked.task, row, asked.version, among=among, key=key) for row in inputs]
+        answers = await self.answer(base_model, questions)
         said = [answer for answer in answers if isinstance(answer, Answer)]
         if not said:
             raise next(answer for answer in answers if isinstance(answer, OnebasisError))
@@ -186,14 +204,19 @@ class Door:
 
     async def _chat(self, request: Request, teams: Teams) -> Response:
         asked: ChatRequest = openai_records.read(ChatRequest, await _body(request))
-        return await self._completed(asked, teams, [asked.question], Reply(True, asked.model))
+        key = asked.user or _key(request, asked.model, asked.messages)
+        return await self._completed(asked, teams, [replace(asked.question, key=key)], Reply(True, asked.model))
 
     async def _complete(self, request: Request, teams: Teams) -> Response:
         asked: CompletionRequest = openai_records.read(CompletionRequest, await _body(request))
-        return await self._completed(asked, teams, asked.questions, Reply(False, asked.model))
+        key = asked.user or _key(request, asked.model, asked.prompt)
+        questions = [replace(one, key=key) for one in asked.questions]
+        return await self._completed(asked, teams, questions, Reply(False, asked.model))
 
     async def _completed(self, asked: Any, teams: Teams, questions: Sequence[Question], reply: Reply) -> Response:
         base_model = self.base_model_of(asked.model, teams)
+        among = self._among(base_model, asked.model, teams, None)
+        questions = [replace(one, among=among) for one in questions]
         if asked.stream:
             if len(questions) != 1:
                 raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")
@@ -208,6 +231,13 @@ class Door:
                 raise answer
         said = [answer for answer in answers if isinstance(answer, Answer)]
         return _with_version(reply.whole(said), said[0].version)
+
+
+def _key(request: Request, task: str, inputs: Any) -> str:
+    """What decides whether a request is the canary's: the key that it brings, or else what it asks."""
+    if key := request.headers.get(KEY_HEADER, ""):
+        return key
+    return hashlib.sha256(json.dumps([task, inputs], sort_keys=True).encode()).hexdigest()
 
 
 def _sees(teams: Teams, title: str) -> bool:

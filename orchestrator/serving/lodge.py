@@ -13,6 +13,7 @@ from configs.errors import OnebasisError, Unavailable, error_from_dict
 from orchestrator.api.access import EVERY_TEAM_TOLD
 from orchestrator.api.callers import Paces, unknown
 from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange, trusting
+from orchestrator.api.routes import PREFIX
 
 KNOWN_SECONDS = 30.0
 """How long an answer of the control plane counts: a token that was revoked is taken for so long."""
@@ -94,7 +95,9 @@ class Lodger:
             raise unknown()
         trust = trusting(self._lodge.certificate) if self._lodge.certificate else None
         try:
-            reply = exchange(f"{self._lodge.url}/whoami", "GET", token=secret, timeout_seconds=ASK_SECONDS, trust=trust)
+            reply = exchange(
+                f"{self._lodge.url}{PREFIX}/whoami", "GET", token=secret, timeout_seconds=ASK_SECONDS, trust=trust
+            )
             facts = json.loads(reply.content)
         except (NobodyListensError, NotTakenError, OnebasisError, ValueError) as error:
             what = "the control plane is away, and it alone knows whose a token is"

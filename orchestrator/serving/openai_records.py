@@ -15,7 +15,7 @@ from configs.errors import InvalidInput
 from workers.serving.question import Answer, Question, Writing
 
 WITHOUT_EFFECT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 )
 """Fields that say nothing about the answer."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -54,6 +54,8 @@ class _Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | tuple[str, ...] | None = None
+    user: str | None = None
+    """Key of the request, as the header `x-onebasis-key`: whose requests are to be answered by one version."""
     stream: bool | None = None
     stream_options: _Options | None = None
 

@@ -8,10 +8,13 @@ takes the write lock at its beginning, because two that read first and then writ
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, event, inspect, select
+from sqlalchemy import Insert, create_engine, event, func, inspect, select
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
@@ -28,6 +31,81 @@ IDLE_SECONDS = 5.0
 off, must not keep the next leader waiting with what it has locked."""
 _MIGRATION_LOCK = 7_065_213
 """Postgres's advisory lock for changing the tables: any number that no other program uses."""
+_NUMBERING_LOCK = 7_065_215
+"""The same for the rows of `Database.numbered`."""
+_NUMBERED = "onebasis numbered"
+"""Key of a connection's rows that are written when its transaction ends."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A database as it was found."""
+
+    revision: str | None
+    """Revision of our tables; None: there are none."""
+    clock_skew_seconds: float | None
+    """How far its clock is ahead of this machine's; None: it is a file."""
+    round_trip_seconds: float
+    """Time of one question."""
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a newer release has written it."""
+        return self.revision is not None and self.revision > HEAD
+
+
+@contextlib.contextmanager
+def as_it_is(url: str, writes: bool = False) -> Iterator[Connection]:
+    """A transaction on a database whose tables are left as they are: it sees one state; with `writes`, all of what it
+    writes is kept at the end, or nothing.
+
+    Raises:
+        InvalidInput, DatabaseAway, Corrupt: As `Database`.
+    """
+    engine = _engine(url).execution_options(writes=writes)
+    try:
+        if engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with _told(_safe(url)), engine.connect() as connection, connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def revision_of(connection: Connection) -> str | None:
+    """Revision of the tables; None: there are none. Release 0.3 had no table of it: its tables are the first."""
+    present = inspect(connection).get_table_names()
+    if schema.name in present:
+        return connection.execute(select(schema.c.version_num)).scalar()
+    return "0001" if tasks.name in present else None
+
+
+def look(url: str) -> Seen:
+    """Look at a database without making or changing a table.
+
+    Raises:
+        InvalidInput, DatabaseAway, Corrupt: As `Database`.
+    """
+    if is_missing_file(url):
+        return Seen(None, None, 0.0)
+    with as_it_is(url) as connection:
+        revision = revision_of(connection)
+        begun = time.time()
+        connection.exec_driver_sql("SELECT 1")
+        took = time.time() - begun
+        if connection.dialect.name != "postgresql":
+            return Seen(revision, None, took)
+        asked = time.time()
+        theirs = float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
+        return Seen(revision, theirs - (asked + time.time()) / 2, took)
+
+
+def is_missing_file(url: str) -> bool:
+    """Whether the database is a file that is not there: a connection would make it."""
+    engine = _engine(url)
+    return engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists()
 
 
 class Database:
@@ -51,7 +129,7 @@ class Database:
         self._writer = self.engine.execution_options(writes=True)
         try:
             with self.reading() as connection:
-                known = _revision(connection)
+                known = revision_of(connection)
             if known != HEAD:
                 self._migrate()
         except BaseException:
@@ -74,7 +152,7 @@ class Database:
         Raises:
             DatabaseAway, Corrupt, InvalidInput: See `_told`; so does `writing`.
         """
-        with self._told(), self.engine.connect() as connection:
+        with _told(self._where), self.engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -84,10 +162,26 @@ class Database:
         Raises:
             NotLeading: Another control plane leads by now, so nothing is written.
         """
-        with self._told(), self._writer.begin() as connection:
+        with _told(self._where), self._writer.begin() as connection:
+            connection.info[_NUMBERED] = []
             if self._fence is not None:
                 self._hold_the_fence(connection, self._fence)
             yield connection
+            self._write_numbered(connection)
+
+    def numbered(self, connection: Connection, statement: Insert, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert rows that the database numbers when `writing` ends, so that their numbers grow in the order in which
+        transactions are committed: who has read up to a number has missed none below it."""
+        connection.info[_NUMBERED].append((statement, rows))
+
+    def _write_numbered(self, connection: Connection) -> None:
+        waiting = connection.info.pop(_NUMBERED)
+        if waiting and self.is_postgres:
+            # Held from the first number to the commit. It is the last lock that a transaction takes, so none that has
+            # it waits for another one. SQLite has one writer at a time anyway.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_NUMBERING_LOCK})")
+        for statement, rows in waiting:
+            connection.execute(statement, rows)
 
     def _hold_the_fence(self, connection: Connection, fence: int) -> None:
         """Keep the leader's number as it is until this transaction ends: the next leader waits that long, and a
@@ -100,12 +194,12 @@ class Database:
     def _migrate(self) -> None:
         """Bring the tables up to date, one process at a time: one that waited for the lock finds everything done."""
         patient = self.engine.execution_options(writes=True, wait_seconds=MIGRATE_WAIT_SECONDS)
-        with self._told(), patient.begin() as connection:
+        with _told(self._where), patient.begin() as connection:
             if self.is_postgres:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{MIGRATE_WAIT_SECONDS:.0f}s'")
                 connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
-            known = _revision(connection)
+            known = revision_of(connection)
             if known != HEAD:
                 # Imported here: it costs 0.2 s, and most processes find the tables as they are to be.
                 from orchestrator.tasks.migrations import migrate
@@ -113,23 +207,24 @@ class Database:
                 migrate(connection, known)
         self.engine.dispose()  # SQLite: the connection would keep its long wait for locks
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn errors of the driver into ours, with the next step.
 
-        Raises:
-            DatabaseAway: It was away, locked, full or not allowed; nothing of the transaction is kept.
-            Corrupt: What it has stored is damaged.
-            InvalidInput: It cannot hold such a value.
-        """
-        try:
-            yield
-        except (DataError, OverflowError, UnicodeEncodeError) as error:
-            raise InvalidInput(
-                f"holds what the task database cannot keep: {_first_line(error)}", "task", "change the value"
-            ) from error
-        except SQLAlchemyError as error:
-            raise _as_ours(error, self._where) from error
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Turn errors of the driver into ours, with the next step.
+
+    Raises:
+        DatabaseAway: It was away, locked, full or not allowed; nothing of the transaction is kept.
+        Corrupt: What it has stored is damaged.
+        InvalidInput: It cannot hold such a value.
+    """
+    try:
+        yield
+    except (DataError, OverflowError, UnicodeEncodeError) as error:
+        raise InvalidInput(
+            f"holds what the task database cannot keep: {_first_line(error)}", "task", "change the value"
+        ) from error
+    except SQLAlchemyError as error:
+        raise _as_ours(error, where) from error
 
 
 def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
@@ -156,14 +251,6 @@ def _as_ours(error: SQLAlchemyError, where: str) -> OnebasisError:
 def _first_line(error: Exception) -> str:
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     return next(iter(str(cause).splitlines()), type(cause).__name__)
-
-
-def _revision(connection: Connection) -> str | None:
-    """Revision of the tables; None: there are none. Release 0.3 had no table of it: its tables are the first."""
-    present = inspect(connection).get_table_names()
-    if schema.name in present:
-        return connection.execute(select(schema.c.version_num)).scalar()
-    return "0001" if tasks.name in present else None
 
 
 def _engine(database_url: str) -> Engine:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Float, Select, cast, delete, insert, literal_column, or_, select, update
+from sqlalchemy import Float, Select, cast, delete, insert, inspect, literal_column, or_, select, update
 
 from orchestrator.tasks import tables
-from orchestrator.tasks.database import Database
+from orchestrator.tasks.database import Database, as_it_is
 
 _lease, _members = tables.leadership, tables.control_planes
 _NOW = cast(literal_column("extract(epoch FROM clock_timestamp())"), Float)
@@ -65,6 +65,21 @@ class Seen:
     """Settings that all its control planes have alike, as JSON."""
     present: tuple[Standing, ...]
     """All control planes that were seen a moment ago, by age, the leader too."""
+
+
+def others_there(database_url: str, member_id: str) -> list[str]:
+    """Names of other control planes that were seen a moment ago. Tables of an earlier release stay as they are.
+
+    Raises:
+        DatabaseAway, InvalidInput: As `Database`.
+    """
+    if not database_url.startswith("postgresql"):
+        return []
+    with as_it_is(database_url) as connection:
+        if _members.name not in inspect(connection).get_table_names():
+            return []
+        found = [Standing(*row) for row in connection.execute(_present())]
+    return [one.name for one in found if one.member_id != member_id]
 
 
 class LeaderLease:

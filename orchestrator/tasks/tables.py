@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0008"
+HEAD = "0009"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -193,6 +193,18 @@ audit = Table(
     Column("sha256", String(64), nullable=False),
 )
 """Every request that writes, in a chain of digests: see audit_log.py."""
+
+kept_answers = Table(
+    "kept_answers",
+    metadata,
+    Column("name", String(120), primary_key=True),
+    Column("key", String(200), primary_key=True),
+    Column("request_sha256", String(64), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("answer", Text),
+    Index("kept_answers_by_age", "at"),
+)
+"""Requests that had a key, with their answers as JSON; without one while they are carried out: see answer_book.py."""
 
 happenings = Table(
     "happenings",

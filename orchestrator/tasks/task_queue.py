@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, Select, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Row, Select, and_, delete, func, insert, literal, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -47,6 +47,7 @@ from orchestrator.tasks.task_record import (
 from orchestrator.tasks.task_rows import (
     LOG,
     PROGRESS,
+    NamedEvent,
     TaskEvent,
     columns_of,
     narrate,
@@ -76,8 +77,6 @@ NOBODY = -1
 """Number that no leader has."""
 IDS_AT_ONCE = 500
 """Ids in one query: SQLite takes 32,766 values at most, and longer queries are not faster."""
-EVENTS_AT_ONCE = 1000
-"""More events than are ever written at the same moment; see `changes`."""
 EVENT_ID_MAX = 2**63 - 1
 
 
@@ -351,11 +350,10 @@ class TaskQueue:
             The tasks, and the `after` of the next call.
 
         Cost:
-            As many rows as there were events since, and a thousand.
+            As many rows as there were events since.
         """
         newest = select(func.max(_events.c.event_id))
-        # Two concurrent writes may be committed in another order than their events are numbered.
-        since = _events.c.event_id > max(0, after - EVENTS_AT_ONCE)
+        since = _events.c.event_id > after
         chosen = select(_events.c.task_id).where(since, _events.c.kind.not_in((LOG, PROGRESS))).distinct()
         with self._database.reading() as connection:
             last = int(connection.execute(newest).scalar() or 0)
@@ -661,13 +659,49 @@ class TaskQueue:
         """A task's history after an event id, oldest first."""
         chosen = (
             select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.text)
-            .where(
-                _events.c.task_id == task_id, _events.c.event_id > literal(min(max(after, 0), EVENT_ID_MAX), BigInteger)
-            )
+            .where(_events.c.task_id == task_id, _events.c.event_id > _number(after))
             .order_by(_events.c.event_id)
         )
         with self._database.reading() as connection:
             return [TaskEvent(*row) for row in connection.execute(chosen)]
+
+    def told(
+        self,
+        after: int,
+        limit: int,
+        *,
+        until: int = EVENT_ID_MAX,
+        task_id: str | None = None,
+        of_teams: Collection[str] | None = None,
+        kinds: Collection[str] = (),
+    ) -> list[NamedEvent]:
+        """The events behind a number, oldest first. Whoever goes on behind the last one misses none.
+
+        Args:
+            limit: Events at most.
+            until: Number of the last event that may be among them.
+            task_id: Only events of this task.
+            of_teams: Only events of these teams' tasks; None: of all.
+            kinds: Only events of these kinds; empty: of all.
+        """
+        title = (_tasks.c.team + "/" + _tasks.c.name).label("title")
+        chosen = select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.text, _tasks.c.task_id, title)
+        chosen = chosen.join_from(_events, _tasks, _events.c.task_id == _tasks.c.task_id)
+        chosen = chosen.where(_events.c.event_id > _number(after), _events.c.event_id <= _number(until))
+        if task_id is not None:
+            chosen = chosen.where(_events.c.task_id == task_id)
+        if of_teams is not None:
+            chosen = chosen.where(_tasks.c.team.in_(sorted(of_teams)))
+        if kinds:
+            chosen = chosen.where(_events.c.kind.in_(sorted(kinds)))
+        with self._database.reading() as connection:
+            rows = connection.execute(chosen.order_by(_events.c.event_id).limit(limit))
+            return [NamedEvent(**row._mapping) for row in rows]
+
+    def newest_event(self) -> int:
+        """Number of the newest event; 0: there is none."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.max(_events.c.event_id))).scalar() or 0)
 
     # --- what was used -----------------------------------------------------------------------------------------
 
@@ -788,7 +822,7 @@ class TaskQueue:
     def _append(self, connection: Connection, task_id: str, lines: Iterable[tuple[str, str]], at: float) -> None:
         rows = [{"task_id": task_id, "at": at, "kind": kind, "text": text} for kind, text in lines]
         if rows:
-            connection.execute(insert(_events), rows)
+            self._database.numbered(connection, insert(_events), rows)
 
     def _get(self, connection: Connection, task_id: str) -> TaskRecord:
         return self._read(self._row(connection, task_id), task_id)
@@ -929,6 +963,11 @@ def _in_line(team: str, pool: str) -> Select[Any]:
     )
     mine = select(*columns).where(*_IN_LINE, _tasks.c.team == team, _tasks.c.pool == pool)
     return mine.order_by(_tasks.c.priority, _tasks.c.submitted_at, _tasks.c.task_id)
+
+
+def _number(event_id: int) -> ColumnElement[int]:
+    """Number of an event as a value: in Postgres, one column's type is smaller than what may be asked."""
+    return literal(min(max(event_id, 0), EVENT_ID_MAX), BigInteger)
 
 
 def _batches(task_ids: Collection[str]) -> Iterator[list[str]]:

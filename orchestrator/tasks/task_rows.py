@@ -30,6 +30,18 @@ class TaskEvent:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedEvent(TaskEvent):
+    """One line of a task's history, with the task's name."""
+
+    task_id: str
+    title: str
+
+    @property
+    def team(self) -> str:
+        return self.title.partition("/")[0]
+
+
 def points_of(events: Iterable[TaskEvent]) -> list[Point]:
     """The points that events of kind `progress` keep. Rows of older releases have neither time nor speeds; what a newer
     release added is left out, and so is an unreadable row."""

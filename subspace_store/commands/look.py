@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from configs.errors import Corrupt, InvalidInput, row_of
 from subspace_store.commands.place import (
+    FixedRank,
     OnVersion,
     Url,
     clock,
@@ -34,6 +35,9 @@ from subspace_store.commands.terminal import (
     telling,
 )
 from subspace_store.log.version import CANDIDATE, MAIN
+
+if TYPE_CHECKING:
+    from subspace_store.export import Exported
 
 NAMED = 5
 """Most tasks that a line names."""
@@ -212,6 +216,11 @@ def export(
         str | None,
         typer.Option("--base", metavar="SOURCE", help="Path or hub id from which servers load the base model."),
     ] = None,
+    one: Annotated[
+        str | None,
+        typer.Option(metavar="WAY", help="Write one adapter for all of them instead: mean, ties, dare, tsv, iso_c …"),
+    ] = None,
+    rank: FixedRank = None,
     store: Url = None,
     base_model: OfBaseModel = None,
     state_dir: StateDir = STATE_DIR,
@@ -219,11 +228,20 @@ def export(
 ) -> None:
     """Write each task as a PEFT adapter folder, TEAM+TASK@vN, and show which of them vLLM and LoRAX can load: those
     without a head of their own."""
-    from subspace_store.export import export_tasks
+    from subspace_store.export import export_one, export_tasks
 
     place = place_of(store, state_dir, base_model)
     reader = reader_at(place)
     source = base or (place.base_source if place.base_source else reader.base_model)
+    if one is not None:
+        most = rank or reader.settings.rank_fixed or reader.settings.rank_max
+        number = reader.resolve(version)
+        with telling(f"writing to {output}"):
+            single = export_one(reader, output, number, tasks, way=one, rank=most, base_source=source)
+        show(single.as_facts(), lambda _: _told_of_one(single, output), as_json)
+        return
+    if rank is not None:
+        raise InvalidInput("is the rank of one adapter for all", "--rank", "add --one, or leave it out")
     with telling(f"writing to {output}"):
         found = export_tasks(reader, output, reader.resolve(version), tasks, base_source=source)
 
@@ -237,3 +255,12 @@ def export(
             note(f"not for {loader}: {some} ({why})")
 
     show([one.as_facts() for one in found], as_text, as_json)
+
+
+def _told_of_one(one: Exported, folder: Path) -> None:
+    size = sum((folder / one.name / file).stat().st_size for file in one.files)
+    note(f"{folder / one.name}: one adapter for {counted(len(one.of_tasks), 'task')}, rank {one.rank}, {size:,} bytes")
+    rows = [(task, decimals(error)) for task, error in sorted(one.errors.items(), key=lambda item: -item[1])]
+    print_table(("task", "error of its update"), rows, "")
+    if one.left_out:
+        note(f"it has not {one.left_out}")

@@ -22,6 +22,8 @@ SERVER_FILE = "server.json"
 LOCK_FILE = "server.lock"
 """Locked by the control plane for as long as its process lives."""
 SERVICE_FILE = "service_id"
+RESTORE_FILE = "restoring.json"
+"""Says which backup is being restored here: there while it is not all there."""
 MEMBER_FILE = "control_plane_id"
 SERVER_MODULE = "orchestrator.api.server"
 

@@ -8,30 +8,22 @@ columns of several updates side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 from configs.settings import SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.basis import ModuleSubspace, reconstruct
 from subspace_store.merging.merge import merge_adapters
+from subspace_store.merging.one_for_all import ONE_FOR_ALL
 from subspace_store.merging.subspace_math import weighted_sum
 
-Variant = Literal["canonical", "paper", "mean", "ties", "task_arithmetic", "separate"]
+Variant = Literal[
+    "canonical", "paper", "mean", "ties", "task_arithmetic", "dare", "tsv", "iso_c", "core_ties", "separate"
+]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-
-TIES_DENSITY = 0.2
-"""Share of the entries that a task keeps, by magnitude, and a factor of 1 afterwards: Yadav et al., TIES-Merging
-(NeurIPS 2023), for when no validation set is at hand."""
-
-TASK_ARITHMETIC_FACTOR = 0.4
-"""λ of the sum. Ilharco et al., Editing models with task arithmetic (ICLR 2023) tune it and find 0.3 to 0.5 good;
-0.4 is what TIES-Merging quotes as their recommendation without a validation set."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class Merged:
     """The result of one variant for all adapters."""
 
     updates: Mapping[str, Mapping[str, ModuleUpdate]]
-    """Task id to module to update. `mean`, `ties` and `task_arithmetic` give every task the same updates."""
+    """Task id to module to update. What is in one_for_all.py gives every task the same updates."""
     stored_numbers: int
     """Numbers that have to be stored to serve all tasks, heads not counted."""
     error: Mapping[str, float]
@@ -59,8 +51,8 @@ def merge_all(
         variant: `canonical` is this store's merge, as one group. `paper` is Share's (arXiv:2602.06043): raw B and A
             stacked, a fixed number of directions. Not centred, unlike the paper's code: that fits the basis on
             centred columns and projects uncentred ones without keeping the mean, which loses 35 % of a single
-            adapter. `separate` keeps every LoRA. The others are one adapter for all tasks, of rank
-            `settings.rank_fixed` or else `rank_max`, the mean being over the tasks that adapt a module.
+            adapter. `separate` keeps every LoRA. The others, in one_for_all.py, are one adapter for all tasks, of
+            rank `settings.rank_fixed` or else `rank_max`, the mean being over the tasks that adapt a module.
         settings: `weighting` and `energy_ratio_min` count for `canonical` alone.
         start: Renewed bases, for `canonical` alone: what was trained in them takes its coefficients there.
 
@@ -68,7 +60,7 @@ def merge_all(
         InvalidInput: `paper`, and an adapter whose factors B and A are not known.
 
     Cost:
-        `ties` forms each module's ΔW densely, three matrices at a time, and takes its full SVD. The others do not.
+        `ties` and `dare` form each module's ΔW densely and take its full SVD. The others do not.
     """
     if variant == "separate":
         kept = {task: adapter.modules for task, adapter in adapters.items()}
@@ -78,51 +70,15 @@ def merge_all(
         modules = merge_adapters(begin, adapters, settings.model_copy(update={"variant": variant})).modules
         updates = {task: reconstruct(modules, task) for task in adapters}
         return Merged(updates, sum(module.numbers for module in modules.values()), _errors(adapters, updates))
-    rank = settings.rank_fixed or settings.rank_max
-    common = {
-        name: ONE_FOR_ALL[variant](list(updates.values())).leading(rank)
-        for name, updates in _by_module(adapters).items()
-    }
+    common = one_for_all(adapters, variant, settings.rank_fixed or settings.rank_max)
     everyone = dict.fromkeys(adapters, common)
     return Merged(everyone, sum(u.rank * sum(u.shape) for u in common.values()), _errors(adapters, everyone))
 
 
-def _mean(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    return weighted_sum(updates, [1 / len(updates)] * len(updates))
-
-
-def _task_arithmetic(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    return weighted_sum(updates, [TASK_ARITHMETIC_FACTOR] * len(updates))
-
-
-def _ties(updates: Sequence[ModuleUpdate]) -> ModuleUpdate:
-    """Trim, elect signs, disjoint mean, on ΔW: B and A are not unique, so their single entries have no meaning."""
-    total_ND = sum((_trimmed(update) for update in updates), torch.zeros(updates[0].shape))
-    agreeing_ND, count_ND = torch.zeros_like(total_ND), torch.zeros_like(total_ND)
-    for update in updates:
-        delta_ND = _trimmed(update)
-        agrees_ND = delta_ND * total_ND > 0
-        agreeing_ND += delta_ND * agrees_ND
-        count_ND += agrees_ND
-    u_NR, sigma_R, vt_RD = torch.linalg.svd(agreeing_ND / count_ND.clamp(min=1), full_matrices=False)
-    return ModuleUpdate(u_NR, sigma_R, vt_RD.T)
-
-
-ONE_FOR_ALL: Mapping[str, Callable[[Sequence[ModuleUpdate]], ModuleUpdate]] = {
-    "mean": _mean,
-    "ties": _ties,
-    "task_arithmetic": _task_arithmetic,
-}
-
-
-def _trimmed(update: ModuleUpdate) -> Tensor:
-    """The module's ΔW with its entries of largest magnitude only, float32."""
-    delta_ND = update.delta().float()
-    dropped = delta_ND.numel() - max(1, round(TIES_DENSITY * delta_ND.numel()))
-    if not dropped:
-        return delta_ND
-    threshold = delta_ND.abs().flatten().kthvalue(dropped).values
-    return torch.where(delta_ND.abs() > threshold, delta_ND, 0.0)
+def one_for_all(adapters: Mapping[str, Adapter], variant: str, rank: int) -> dict[str, ModuleUpdate]:
+    """Module to the one update of all tasks that adapt it, of at most this rank. variant: One of `ONE_FOR_ALL`."""
+    of_modules = _by_module(adapters).items()
+    return {name: ONE_FOR_ALL[variant](list(updates.values())).leading(rank) for name, updates in of_modules}
 
 
 def _by_module(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, ModuleUpdate]]:

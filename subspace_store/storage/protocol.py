@@ -115,6 +115,15 @@ class Storage(Protocol):
         ...
 
 
+@runtime_checkable
+class Clocked(Protocol):
+    """A storage that has a clock of its own: an S3 server, a file system that another machine serves."""
+
+    def clock(self) -> float:
+        """Unix seconds by that clock. Raises Unavailable."""
+        ...
+
+
 def check_key(key: str) -> str:
     """The key itself.
 

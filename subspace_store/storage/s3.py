@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import boto3
@@ -162,6 +163,11 @@ class S3Storage:
                 raise _cut(self._address(prefix))
         # Sorted here too: directory buckets of S3 list in no order and know no StartAfter.
         return sorted(key for name in names if (key := name.removeprefix(self.prefix)) > after)
+
+    def clock(self) -> float:
+        with self._refusals(""):
+            answer = self._client().list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def delete(self, key: str) -> None:
         with self._refusals(key):

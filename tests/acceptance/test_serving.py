@@ -224,6 +224,48 @@ def test_openais_own_client(served: Served) -> None:
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+def test_a_canary_answers_its_share_and_comes_and_goes_without_a_restart(served: Served) -> None:
+    (before,) = served.status()["serving"]["base_models"]["tiny"]
+    served.run("serve", "--canary", "1", "--share", "0.5")
+
+    def compares() -> bool:
+        return "tiny" in served.status()["serving"].get("canary", {})
+
+    served.wait("the canary", compares)
+    expected = {version: served.probabilities(INTENTS, version, TEXTS[:1])[0] for version in (1, 3)}
+    versions: dict[str, set[int]] = {f"caller-{n}": set() for n in range(20)}
+    with httpx.Client(headers={"Authorization": f"Bearer {served.token}"}, timeout=60) as client:
+        for key in list(versions) * 2:
+            body = {"task": INTENTS, "inputs": TEXTS[0]}
+            reply = client.post(f"{served.url}/v1/predict", json=body, headers={"x-onebasis-key": key})
+            found = reply.json()
+            assert list(found["answers"][0]["probabilities"].values()) == pytest.approx(
+                expected[found["version"]], abs=1e-5
+            )
+            versions[key].add(found["version"])
+    assert all(len(of_caller) == 1 for of_caller in versions.values())
+    mine = [key for key, of_caller in versions.items() if of_caller == {1}]
+    assert 3 <= len(mine) <= 17
+    chat = [{"role": "user", "content": "a"}]
+    said = served.client().completions.create(model=PROMPTS, prompt="a", user=mine[0])
+    assert said.system_fingerprint == "version 3"  # the canary's version does not hold it
+    assert served.client().chat.completions.create(model=CHATS, messages=chat, user=mine[0]).system_fingerprint
+    served.wait(
+        "all of them compared",
+        lambda: served.status()["serving"]["canary"]["tiny"]["tasks"][INTENTS]["rows"] == 2 * len(mine),
+    )
+    shown = served.run("status")
+    assert "canary version 1 answered" in shown
+    assert "no canary" not in shown
+    told = served.ask("task", INTENTS)["served"]["replicas"]
+    assert [(one["version"], one["revision"], one["trouble"]) for one in told] == [(3, 1, "")]
+    assert served.run("serve", "--share", "2", expect=2).count("canary.share")
+    served.run("serve", "--canary", "none")
+    served.wait("no canary", lambda: not compares())
+    (after,) = served.status()["serving"]["base_models"]["tiny"]
+    assert after["pid"] == before["pid"]
+
+
 def test_a_token_asks_its_own_teams_tasks(served: Served) -> None:
     made = served.ask("token", "create", "reader", "--role", "viewer", "--team", "payments")
     headers = {"Authorization": f"Bearer {made['token']}"}

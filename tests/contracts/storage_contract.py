@@ -6,6 +6,7 @@ import contextlib
 import pickle
 import random
 import struct
+import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from configs.errors import InvalidInput, NotFound, Unavailable
-from subspace_store.storage.protocol import Storage
+from subspace_store.storage.protocol import Clocked, Storage
 
 MIB = 2**20
 
@@ -35,6 +36,10 @@ class StorageContract:
 
     def test_it_is_a_storage(self, storage: Storage) -> None:
         assert isinstance(storage, Storage)
+
+    def test_its_clock_if_it_has_one_tells_the_time(self, storage: Storage) -> None:
+        if isinstance(storage, Clocked):
+            assert abs(storage.clock() - time.time()) < 60
 
     def test_what_was_written_is_read(self, storage: Storage) -> None:
         storage.write("blobs/1/a.bin", b"\x00\xff" * 5000)

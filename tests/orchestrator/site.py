@@ -15,11 +15,11 @@ from configs.settings import TlsSettings
 from configs.task_spec import TaskSpec
 from orchestrator.api.callers import Callers
 from orchestrator.api.client import Client
-from orchestrator.api.guard import Guard
 from orchestrator.api.requests import ShowTask, Submit
 from orchestrator.api.server import api, http_server
 from orchestrator.api.service import Service
 from tests.builders import rows, task_document, write_rows
+from tests.orchestrator.checked_guard import CheckedGuard
 from tests.orchestrator.plant import Plant
 from workers.orders import Train
 
@@ -47,9 +47,9 @@ class Site:
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
-        self.guard = Guard(self.service)
+        self.guard = CheckedGuard(self.service)
         callers = Callers(TOKEN, "ann", lambda: self.service.sources, lambda: self.service.settings)
-        self._server = http_server(api(self.guard, callers), tls)
+        self._server = http_server(api(lambda: self.guard, callers), tls)
         self._http = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._http.start()
         (folder / "settings.yaml").write_text(yaml.safe_dump(self.plant.settings.model_dump(mode="json")))

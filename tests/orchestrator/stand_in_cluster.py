@@ -28,7 +28,20 @@ from subspace_store.log.version import Identity
 from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from tests.builders import LAYOUT, adapter
-from workers.orders import Evaluate, Evaluated, Failed, Order, Outcome, Phase, Point, Progress, Train, Trained
+from workers.orders import (
+    Evaluate,
+    Evaluated,
+    EvaluatedTogether,
+    EvaluateTogether,
+    Failed,
+    Order,
+    Outcome,
+    Phase,
+    Point,
+    Progress,
+    Train,
+    Trained,
+)
 from workers.process_monitor import ProcessEnd
 from workers.serving.question import Answer, Question
 
@@ -99,6 +112,8 @@ class StandInCluster:
         """Titles, in the order in which their training began."""
         self.evaluations: list[tuple[int, str]] = []
         """(version, title), in the order in which they were scored."""
+        self.together: list[int] = []
+        """Numbers of tasks of the orders to score several."""
         self.store_calls: list[str] = []
         self.replaced: list[str] = []
         self.lost_orders = 0
@@ -158,10 +173,23 @@ class StandInCluster:
         return "" if machine in self.keeps_away.get(worker, ()) else machine
 
     def answer(self, worker: str, questions: Sequence[Question]) -> Future[Any]:
-        """Every task answers `yes`."""
+        """Every task answers `yes`; where none is named, the first of those that may be."""
         assert worker in self._memory
         future = Future[Any]()
-        future.set_result([Answer(q.task, q.version or 0, "yes", {"yes": 1.0}) for q in questions])
+        routed = [dict.fromkeys((q.among or ())[:1], 1.0) or None for q in questions]
+        future.set_result(
+            [
+                Answer(
+                    q.task,
+                    q.version or 0,
+                    "yes",
+                    {"yes": 1.0},
+                    routed=route,
+                    routed_by=(q.by or "features") if route else "",
+                )
+                for q, route in zip(questions, routed, strict=True)
+            ]
+        )
         return future
 
     def run(self, worker: str, order: Order) -> Future[Any]:
@@ -317,6 +345,28 @@ class StandInCluster:
     # --- workers ---------------------------------------------------------------------------------------------
 
     def _do(self, worker: str, order: Order, future: Future[Any]) -> None:
+        if isinstance(order, EvaluateTogether):
+            self._do_together(worker, order, future)
+        else:
+            self._do_one(worker, order, future)
+
+    def _do_together(self, worker: str, order: EvaluateTogether, future: Future[Any]) -> None:
+        """Each as alone; what is not one task's outcome is that of all."""
+        self.together.append(len(order.orders))
+        outcomes = []
+        for one in order.orders:
+            alone: Future[Any] = Future()
+            self._memory[worker][one.token] = alone
+            self._do_one(worker, one, alone)
+            self._memory[worker].pop(one.token, None)
+            if (error := alone.exception()) is not None:
+                self._memory[worker].pop(order.token, None)
+                future.set_exception(error)
+                return
+            outcomes.append(alone.result())
+        future.set_result(EvaluatedTogether(token=order.token, outcomes=tuple(outcomes), seconds=0.1, worker_seconds=2))
+
+    def _do_one(self, worker: str, order: Train | Evaluate, future: Future[Any]) -> None:
         title = f"{order.spec.team}/{order.spec.name}"
         faults = self.training_faults if isinstance(order, Train) else self.evaluation_faults
         fault = faults[title].pop(0) if faults.get(title) else ""

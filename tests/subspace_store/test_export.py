@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store import Adapter, StagedAdapter, Storage, SubspaceStore
-from subspace_store.export import export_name, export_tasks
+from subspace_store.export import export_name, export_one, export_tasks
 from subspace_store.formats.diffusers import read_diffusers_file
 from subspace_store.formats.peft import read_peft_folder
+from subspace_store.merging.one_for_all import ONE_FOR_ALL
 from subspace_store.subspace_reader import SubspaceReader
 from tests.subspace_store.builders import fresh_storage, merged, opened, random_adapter, reading
 
@@ -278,3 +279,36 @@ def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput, match="cannot write there"):
         export_tasks(reader, tmp_path / "file", base_source="base")
+
+
+@pytest.mark.parametrize("way", ["mean", "tsv"])
+def test_one_adapter_for_all_is_made_of_what_the_version_holds_and_says_what_it_is(way: str, tmp_path: Path) -> None:
+    _, reader = two_versions()
+    found = export_one(reader, tmp_path, way=way, rank=5, base_source="some/base")
+    held = [reader.adapter(task, 2) for task in ("headed", "bare")]
+    expected = {n: ONE_FOR_ALL[way]([a.modules[n] for a in held]).leading(5) for n in held[0].modules}
+    assert_holds(tmp_path / f"one={way}@v2", headless(dataclasses.replace(held[0], modules=expected)))
+    assert (found.name, found.rank, found.one_for_all, found.has_head) == (f"one={way}@v2", 5, way, False)
+    assert found.of_tasks == ("team/headed", "team/bare")
+    assert "the heads of 1 of 2 tasks" in found.left_out
+    assert 0 < found.errors["team/bare"] < 2
+    assert "vllm" in found.loads_in
+    assert export_one(reader, tmp_path, way=way, rank=5, base_source="some/base") == found  # again: left alone
+    with pytest.raises(Conflict, match="holds something else"):
+        export_one(reader, tmp_path, way=way, rank=4, base_source="some/base")
+    listed = json.loads((tmp_path / "adapters.json").read_text())
+    assert [(entry["name"], entry["one_for_all"]) for entry in listed] == [(f"one={way}@v2", way)]
+
+
+def test_one_adapter_is_refused_where_there_is_nothing_to_make_it_of(tmp_path: Path) -> None:
+    _, reader = two_versions()
+    with pytest.raises(InvalidInput, match="there is no way 'best' to make one of all"):
+        export_one(reader, tmp_path, way="best", rank=5, base_source="b")
+    with pytest.raises(InvalidInput, match="holds 1 of them"):
+        export_one(reader, tmp_path, tasks=["bare"], way="mean", rank=5, base_source="b")
+    storage = fresh_storage()
+    store = opened(storage)
+    merged(store, {"a": headless(random_adapter(1)), "b": headless(random_adapter(2), fan_in_fan_out="true")})
+    with pytest.raises(InvalidInput, match="the other way round"):
+        export_one(reading(storage), tmp_path, 1, way="mean", rank=5, base_source="b")
+    assert not list(tmp_path.iterdir())

@@ -24,7 +24,17 @@ from tests.workers.worker_builders import sentiment_rows, sentiment_task, task_o
 from workers import worker as worker_module
 from workers.base_model import BaseModel
 from workers.order_book import OUTCOMES_KEPT
-from workers.orders import Evaluate, Evaluated, Failed, Point, Progress, Train, Trained
+from workers.orders import (
+    Evaluate,
+    Evaluated,
+    EvaluatedTogether,
+    EvaluateTogether,
+    Failed,
+    Point,
+    Progress,
+    Train,
+    Trained,
+)
 from workers.results import read_results
 from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow
@@ -364,13 +374,52 @@ def test_a_task_is_scored_under_a_version(worker: Worker) -> None:
     assert missing.fault == "bug"
 
 
+def test_tasks_that_are_scored_together_each_have_the_outcome_of_their_own_order(worker: Worker) -> None:
+    from subspace_store.subspace_store import SubspaceStore
+
+    storage = open_storage(STORAGE, "tiny")
+    base = SubspaceStore.open(storage, base_model="tiny", writer="test")
+    for name in ("one", "two"):
+        order = train(name, training={"max_steps": 10, "learning_rate": 0.01})
+        trained = worker.run(order)
+        assert isinstance(trained, Trained)
+        version = _merge(base, order, trained)
+    orders = tuple(
+        Evaluate(
+            token=f"scored {name}",
+            task_id=f"task-{name}",
+            version=version,
+            spec=sentiment_task(data={"max_length": 4096} if name == "too long" else {}),
+            eval_key="data/eval",
+            results_key=f"results/{name}",
+        )
+        for name in ("one", "too long", "two")
+    )
+    found = worker.run(EvaluateTogether(token="together", version=version, orders=orders))
+    assert isinstance(found, EvaluatedTogether)
+    assert found.worker_seconds is not None
+    first, failed, last = found.outcomes
+    assert isinstance(failed, Failed)
+    assert (failed.token, failed.fault) == ("scored too long", "input")
+    for order_of_one, together in ((orders[0], first), (orders[2], last)):
+        kept = read_results(storage, order_of_one.results_key)
+        alone = worker.run(replace(order_of_one, token=f"{order_of_one.token} alone"))
+        assert isinstance(alone, Evaluated)
+        assert isinstance(together, Evaluated)
+        assert (together.score, together.count) == (alone.score, 10)
+        assert read_results(storage, order_of_one.results_key) == kept
+    gone = replace(orders[0], eval_key="data/gone")
+    with pytest.raises(Corrupt, match="data/gone: the evaluation rows"):
+        worker.run(EvaluateTogether(token="rows are gone", version=version, orders=(gone, orders[2])))
+
+
 def _merge(writer: Any, order: Train, trained: Trained) -> int:
     from subspace_store.log.version import StagedAdapter
 
     staged = StagedAdapter(
-        task_id=order.task_id, name="team-a/sentiment", key=trained.staging_key, sha256=trained.adapter_sha256
+        task_id=order.task_id, name=f"team-a/{order.task_id}", key=trained.staging_key, sha256=trained.adapter_sha256
     )
-    return int(writer.merge([staged], op_key="merge-1", actor="test").number)
+    return int(writer.merge([staged], op_key=f"merge-{order.task_id}", actor="test").number)
 
 
 def test_a_published_task_answers_between_two_orders_and_never_beside_one(worker: Worker, gate: Gate) -> None:

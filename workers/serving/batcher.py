@@ -6,12 +6,14 @@ While one batch is answered, the next one gathers; nobody waits for a batch to b
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from configs.errors import OnebasisError
+from workers.serving.canary import Chosen
 from workers.serving.question import Answer, Question
 from workers.serving.replica import Replica
 
@@ -20,6 +22,7 @@ Said = Answer | OnebasisError
 
 @dataclass(frozen=True)
 class _Asked:
+    at: float
     questions: Sequence[Question]
     answers: asyncio.Future[Sequence[Said]]
 
@@ -36,16 +39,46 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._waiting: deque[_Asked] = deque()
         self._worker: asyncio.Task[None] | None = None
+        self._comparing: set[asyncio.Task[None]] = set()
         self.batches = self.rows = 0
         """Batches and rows so far."""
 
     async def answer(self, questions: Sequence[Question]) -> Sequence[Said]:
         """Answers in the order of the questions, all that name no version by the same one."""
-        asked = _Asked(questions, asyncio.get_running_loop().create_future())
+        asked = _Asked(time.monotonic(), questions, asyncio.get_running_loop().create_future())
         self._waiting.append(asked)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await asked.answers
+        answers = await asked.answers
+        if questions[0].key and (canary := self._replica.canary) is not None:
+            self._compare(canary, asked, answers)
+        return answers
+
+    def _compare(self, canary: Chosen, asked: _Asked, answers: Sequence[Said]) -> None:
+        """Note how long a request took; of one that the canary answered, have `main`'s version answer too, if nobody
+        waits. Whoever asked does not wait for it."""
+        pairs = zip(asked.questions, answers, strict=True)
+        said = [(one, answer) for one, answer in pairs if isinstance(answer, Answer)]
+        if not said:
+            return
+        version = said[0][1].version
+        canary.comparison.took(version, time.monotonic() - asked.at)
+        if version != canary.version or not canary.is_shadowed(asked.questions[0].key):
+            return
+        if self._waiting:
+            canary.comparison.dropped()
+            return
+        main, _ = canary.comparison.versions
+        again = [replace(one, version=main, key="") for one, _ in said]
+
+        async def compare() -> None:
+            for (one, theirs), answer in zip(said, await self.answer(again), strict=True):
+                if isinstance(answer, Answer):
+                    canary.comparison.both(one.task, answer, theirs)
+
+        task = asyncio.create_task(compare())
+        self._comparing.add(task)
+        task.add_done_callback(self._comparing.discard)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Said]:
         """The pieces of an answer, then all of it, or its error. When nobody listens any more, it is written no

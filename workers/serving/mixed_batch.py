@@ -127,6 +127,39 @@ class MixedBatch:
         """
         return self._task(task_id).spec
 
+    def is_mixed(self, task_id: str) -> bool:
+        """Whether a task shares batches with others; else it has a model of its own. Raises as `answer`."""
+        return not self._task(task_id).is_apart
+
+    def backbone(self, task_id: str) -> Any:
+        """The base model without a head and without any update, as it is loaded for a task's kind."""
+        return getattr(self._model(self._task(task_id).spec).model, self._base.prefix)
+
+    def energies(self, texts: Sequence[str], task_ids: Sequence[str], length_max: int) -> Tensor:
+        """S×I: how much each task's update changes the layers of a text, Σ‖ΔW_i·x‖² over its tokens and all layers that
+        it adapts, relative to ‖ΔW_i‖². In the common basis: ‖E_i·F_iᵀ·Qᵀx‖, and the private part's beside it.
+
+        Cost:
+            A pass of the base model, and thin products for each task.
+        """
+        tokenizer, found = self._base.tokenizer, torch.zeros(len(texts), len(task_ids), dtype=torch.float64)
+        batch = dict(tokenizer(list(texts), truncation=True, max_length=length_max, padding=True, return_tensors="pt"))
+        kinds: dict[Any, list[int]] = {}
+        for place, task_id in enumerate(task_ids):
+            kinds.setdefault(AUTO_CLASSES[self._task(task_id).spec.kind], []).append(place)
+        for places in kinds.values():
+            tasks = [self._task(task_ids[place]) for place in places]
+            found[:, places] = self._model(tasks[0].spec).energies(batch, [task.factors for task in tasks])
+        return found
+
+    def outputs(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """Each row's outputs, of tasks that share batches and write no texts. Raises as `answer`."""
+        loaded = {one.task_id: self._task(one.task_id) for one in asked}
+        tasks = [loaded[one.task_id] for one in asked]
+        found, _ = self._outputs(self._model(tasks[0].spec), asked, tasks)
+        self._forget()
+        return found
+
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answers in the order of the rows. Rows of one kind go through the model together, short ones first.
 
@@ -159,16 +192,25 @@ class MixedBatch:
     # What passes through the model
 
     def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
+        found, warnings = self._outputs(model, asked, tasks)
+        return [
+            replace(self._said(one, task.spec, logits_L.float()), warning=warning)
+            for one, task, logits_L, warning in zip(asked, tasks, found, warnings, strict=True)
+        ]
+
+    def _outputs(
+        self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Each row's outputs, and what of it is not read."""
         encoded, warnings = _encoded(self._base, asked, [task.spec for task in tasks])
-        found: list[Answer | None] = [None] * len(asked)
+        found: dict[int, Tensor] = {}
         for chosen in batches_by_length([size for _, size in encoded]):
             self._between()
             batch = _padded(self._base, [encoded[i][0] for i in chosen], tasks[chosen[0]].spec.kind)
             with torch.inference_mode():
                 logits = model.logits(batch, [tasks[i] for i in chosen])
-            for i, logits_L in zip(chosen, logits, strict=True):
-                found[i] = replace(self._said(asked[i], tasks[i].spec, logits_L.float()), warning=warnings[i])
-        return [answer for answer in found if answer is not None]
+            found |= dict(zip(chosen, logits, strict=True))
+        return [found[place] for place in range(len(asked))], warnings
 
     def _said(self, asked: Asked, spec: TaskSpec, logits_L: Tensor) -> Answer:
         if not bool(logits_L.isfinite().all()):
@@ -309,6 +351,38 @@ class _SharedModel(_Model):
         places = {id(task): place for place, task in enumerate(different)}
         factors = [task.factors for task in different]
         return self._mixed.serving(factors, [places[id(task)] for task in tasks], self.model.device)
+
+    def energies(self, batch: Mapping[str, Tensor], tasks: Sequence[Mapping[str, TaskFactors]]) -> Tensor:
+        """As `MixedBatch.energies`, of an encoded batch."""
+        batch = on_device(self.model.device, batch)
+        mask_ST1 = batch["attention_mask"].unsqueeze(-1)
+        changed_SI, size_I = torch.zeros(len(mask_ST1), len(tasks)), torch.zeros(len(tasks))
+
+        def look(name: str, x: Tensor) -> None:
+            x_STD = x.reshape(len(mask_ST1), -1, x.shape[-1]).float()
+            is_token_ST1 = mask_ST1 if x_STD.shape[1] == mask_ST1.shape[1] else 1.0  # a pooler sees one of each text
+            directions = self.directions.get(name)
+            z_STK = None if directions is None else x_STD @ directions.q_DK.float()
+            for place, factors in enumerate(tasks):
+                if (one := factors.get(name)) is None:
+                    continue
+                for inward, out, given in ((one.f_RK, one.e_RK, z_STK), (one.a_RD, one.b_RN, x_STD)):
+                    if given is not None and len(out):
+                        gram_RR, t_STR = (out @ out.T).float(), (given @ inward.T.float()) * is_token_ST1
+                        changed_SI[:, place] += ((t_STR @ gram_RR) * t_STR).sum(dim=(1, 2)).cpu()
+                        size_I[place] += (gram_RR * (inward @ inward.T).float()).sum().cpu()
+
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: look(name, given[0]))
+            for name in self.layers
+        ]
+        try:
+            with torch.inference_mode():
+                getattr(self.model, self._prefix)(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return (changed_SI / size_I.clamp(min=torch.finfo(torch.float32).tiny)).double()
 
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
         """Each row's outputs, by its own task's head."""

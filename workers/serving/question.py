@@ -26,6 +26,8 @@ class Writing:
 
 
 GREEDY = Writing()
+AUTO = "auto"
+"""In the place of a task: whichever the text is for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Question:
     alone where the task reads one text, a chat's first message among them."""
     version: int | None = None
     """Version that is to answer; None: the one that `main` names."""
+    among: tuple[str, ...] | None = None
+    """With `AUTO` in the place of the task: names of the tasks of which one is to answer; None: any."""
+    by: str = ""
+    """How that one is found, `features` or `energy`; empty: by features where there are any."""
+    key: str = ""
+    """Key by which a request is the canary's or is not; all rows of a request have the same. Empty: it never is."""
     is_chat: bool | None = None
     """Whether the task must have learnt from chats, or must not have; None: either."""
     writing: Writing = GREEDY
@@ -67,5 +75,9 @@ class Answer:
     """Tokens of the prompt that it read."""
     ended: Ended = ""
     """Whether it came to its end (`stop`) or to its longest answer (`length`); empty where nobody wanted more."""
+    routed: Mapping[str, float] | None = None
+    """Of a row that was asked of no task by name: the likeliest tasks and their scores; the first of them answered."""
+    routed_by: str = ""
+    """How they were found: `features` or `energy`."""
     warning: str = ""
     """What of the row was not read."""

@@ -13,17 +13,22 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from configs.errors import InvalidInput, NotFound, OnebasisError
+from configs.settings import CanarySettings
+from configs.task_spec import TaskSpec
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
 from workers.rows.reading import canonical
 from workers.rows.task_data import Row, inputs_of, question
+from workers.serving.canary import Chosen, Comparison, number_of
 from workers.serving.held import Held
 from workers.serving.mixed_batch import Asked, MixedBatch
-from workers.serving.question import Answer, Question
+from workers.serving.question import AUTO, Answer, Question
+from workers.serving.routers import Routed, Routers
 
 log = logging.getLogger("onebasis.serving")
 
@@ -46,8 +51,14 @@ class Replica:
         self._version = store.state.refs[MAIN]
         self._batches: OrderedDict[int, MixedBatch] = OrderedDict()
         self._lock = threading.Lock()
+        self._routers = Routers(base, store.storage)
         self.trouble = ""
         """Why it does not answer by what `main` names now; empty where it does."""
+        self._canary_settings: CanarySettings | None = None
+        self.canary: Chosen | None = None
+        """Which other version answers a share of the requests, now."""
+        self.canary_trouble = ""
+        """Why it does not, though it should."""
 
     @property
     def version(self) -> int:
@@ -63,6 +74,7 @@ class Replica:
             number = self._store.refresh().refs[MAIN]
             if number == self._version:
                 self.trouble = ""
+                self._look_at_canary()
                 return False
             self._prepare(number)
         except Exception as error:  # whatever it is: those who ask are answered by the version before
@@ -72,7 +84,35 @@ class Replica:
             self.trouble = told
             return False
         self._version, self.trouble = number, ""
+        self._look_at_canary()
         return True
+
+    def set_canary(self, settings: CanarySettings | None) -> None:
+        """Have another version answer a share of the requests from the next look on, or none."""
+        self._canary_settings = settings
+
+    def _look_at_canary(self) -> None:
+        """Read the version that is to answer a share; until then, and where it cannot be read, `main`'s answers all."""
+        settings, now = self._canary_settings, self.canary
+        try:
+            number = 0 if settings is None else number_of(settings, self._store.state.refs)
+            if settings is None or number == self._version:
+                self.canary, self.canary_trouble = None, ""
+                return
+            versions = (self._version, number)
+            if now is not None and now.settings == settings and now.comparison.versions == versions:
+                return
+            self._store.resolve(number)
+            self._batch(number)
+        except Exception as error:  # whatever it is: those who ask are answered by main's version
+            told = error.sentence if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
+            if told != self.canary_trouble:
+                log.error("no canary answers: %s", told)
+            self.canary, self.canary_trouble = None, told
+            return
+        same = now is not None and now.comparison.versions == versions
+        comparison = now.comparison if now is not None and same else Comparison(*versions)
+        self.canary, self.canary_trouble = Chosen(settings, number, comparison), ""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | OnebasisError]:
         """Answers in the order of the questions; what cannot be answered has its error in its place.
@@ -80,10 +120,17 @@ class Replica:
         All that ask for no version are answered by the same one. Those who ask for an answer piece by piece may have
         had a part of it before an error.
         """
-        now = self._version
-        found: dict[int, Answer | OnebasisError] = {}
+        now, canary = self._version, self.canary
+        questions, routed, unrouted = self._routed(questions, now)
+        found: dict[int, Answer | OnebasisError] = dict(unrouted)
         by_version: dict[int, list[tuple[int, Asked]]] = {}
+        theirs = {} if canary is None else self._of_canary(canary, questions)
         for place, one in enumerate(questions):
+            if place in unrouted:
+                continue
+            if place in theirs:
+                found[place] = theirs[place]
+                continue
             number = now if one.version is None else one.version
             try:
                 asked = self._asked(one, number)
@@ -94,7 +141,55 @@ class Replica:
         for number, rows in by_version.items():
             answers = self._answered(self._batch(number), [asked for _, asked in rows])
             found |= dict(zip((place for place, _ in rows), answers, strict=True))
+        for place, route in routed.items():
+            if isinstance(said := found[place], Answer):
+                found[place] = replace(said, routed=route.scores, routed_by=route.by)
         return [found[place] for place in range(len(questions))]
+
+    def _routed(
+        self, questions: Sequence[Question], now: int
+    ) -> tuple[Sequence[Question], dict[int, Routed], dict[int, OnebasisError]]:
+        """The questions, each of a task; how those of no task by name came to theirs; and those that came to none."""
+        groups: dict[tuple[int, tuple[str, ...] | None, str, bool | None], list[int]] = {}
+        for place, one in enumerate(questions):
+            if one.task == AUTO:
+                groups.setdefault((one.version or now, one.among, one.by, one.is_chat), []).append(place)
+        if not groups:
+            return questions, {}, {}
+        asked, routed, unrouted = list(questions), dict[int, Routed](), dict[int, OnebasisError]()
+        for (number, among, by, is_chat), places in groups.items():
+            try:
+                self._store.resolve(number)
+                texts = [_one_text(questions[place]) for place in places]
+                held = {name: t for name, t in self._held.at(number).items() if among is None or name in among}
+                batch = self._batch(number)
+                if is_chat is not None:  # of those that can be asked so
+                    held = {name: t for name, t in held.items() if _is_chat(batch.spec(t)) is is_chat}
+                found = self._routers.of(batch, held).route(texts, by)
+            except OnebasisError as error:
+                unrouted |= dict.fromkeys(places, error)
+                continue
+            for place, text, route in zip(places, texts, found, strict=True):
+                task = next(iter(route.scores))
+                asked[place] = replace(questions[place], task=task, inputs=text)
+                routed[place] = route
+        return asked, routed, unrouted
+
+    def _of_canary(self, canary: Chosen, questions: Sequence[Question]) -> dict[int, Answer | OnebasisError]:
+        """The canary's answers by their places. A request of which it cannot answer every row is not its own: all of
+        it is answered by one version, `main`'s, which says what is wrong with it."""
+        mine = {
+            place: replace(one, version=canary.version, key="")
+            for place, one in enumerate(questions)
+            if one.key and one.version is None and one.wrote is None and canary.takes(one.key)
+        }
+        if not mine:
+            return {}
+        answers = dict(zip(mine, self.answer(list(mine.values())), strict=True))
+        failed = {questions[place].key for place, said in answers.items() if isinstance(said, OnebasisError)}
+        for _ in failed:
+            canary.comparison.failed()
+        return {place: said for place, said in answers.items() if questions[place].key not in failed}
 
     def _answered(self, batch: MixedBatch, asked: Sequence[Asked]) -> list[Answer | OnebasisError]:
         """All together; where that fails, each alone, so that nobody is refused for a neighbour's sake."""
@@ -128,7 +223,8 @@ class Replica:
                 self._batches[number] = MixedBatch(self.base, self._store, number)
                 self._store.let_go()  # the batch has its own
             self._batches.move_to_end(number)
-            others = [old for old in self._batches if old not in (self._version, number)]
+            kept = (self._version, number, self.canary.version if self.canary is not None else number)
+            others = [old for old in self._batches if old not in kept]
             for old in others[: max(0, len(others) - VERSIONS_KEPT + 1)]:
                 del self._batches[old]
             return self._batches[number]
@@ -143,6 +239,22 @@ class Replica:
         self._store.let_go()
         with self._lock:
             self._batches[number] = made
+
+
+def _is_chat(spec: TaskSpec) -> bool | None:
+    """Whether a task has learnt from chats; None: it writes no texts."""
+    return spec.data.messages_column is not None if spec.kind == "causal_lm" else None
+
+
+def _one_text(one: Question) -> str:
+    values = one.inputs
+    if isinstance(values, Mapping) and len(values) == 1 and isinstance(text := next(iter(values.values())), str):
+        values = text
+    if isinstance(values, Mapping) and [*values] == ["messages"] and values["messages"]:
+        values = values["messages"][-1].get("content")
+    if not isinstance(values, str):
+        raise InvalidInput("only a single text finds its task by itself", AUTO, "name the task, or give one text")
+    return values
 
 
 def _row(one: Question, columns: Mapping[str, str], read: Callable[[Mapping[str, Any]], Row]) -> Row:

@@ -18,11 +18,12 @@ from configs.errors import InvalidInput
 VERSION_TABLE = "onebasis_schema"
 
 
-def migrate(connection: Connection, known: str | None) -> None:
+def migrate(connection: Connection, known: str | None, to: str = "head") -> None:
     """Bring the tables up to date inside the connection's transaction: all of it, or nothing.
 
     Args:
         known: Revision of the tables that are there; None: none are.
+        to: Revision that they are to have.
 
     Raises:
         InvalidInput: A newer release made these tables.
@@ -31,16 +32,16 @@ def migrate(connection: Connection, known: str | None) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent))
     script = ScriptDirectory.from_config(config)
     revisions = {revision.revision for revision in script.walk_revisions()}
-    if known is not None and known not in revisions:
+    if newer := [one for one in (known, to) if one not in (None, "head") and one not in revisions]:
         raise InvalidInput(
-            f"the task database has tables of revision {known}; this release knows those up to "
+            f"the task database has tables of revision {newer[0]}; this release knows those up to "
             f"{script.get_current_head()}",
             "database_url",
             "use a newer onebasis, or another database",
         )
 
     def to_head(present: Any, _: Any) -> Any:
-        return script._upgrade_revs("head", present)
+        return script._upgrade_revs(to, present)
 
     with EnvironmentContext(config, script, fn=to_head) as environment:
         environment.configure(connection=connection, version_table=VERSION_TABLE)

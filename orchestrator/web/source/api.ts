@@ -32,7 +32,7 @@ export class Problem extends Error {
 }
 
 export async function fetched(path: string, query: Record<string, unknown> = {}, init: RequestInit = {}): Promise<Response> {
-  const url = new URL(path, document.baseURI)
+  const url = new URL(`v1/${path}`, document.baseURI)
   for (const [name, value] of Object.entries(query)) {
     if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, String(value))
   }

@@ -9,6 +9,7 @@ import { Act, Empty, Loading, State, Table, Trouble, usePolled } from "./parts"
 import { change, clock, score, seconds } from "./words"
 
 const LOG_LINES = 400
+const PAGE = 1000
 
 const NO_EVENTS: Json[] = []
 
@@ -16,8 +17,13 @@ const NO_EVENTS: Json[] = []
 function useHistory(taskId: string | undefined): Json[] {
   const { value } = usePolled<Json[]>(async (before = NO_EVENTS) => {
     if (!taskId) return before
-    const news: Json[] = await get(`logs/${inPath(taskId)}`, { after: before.at(-1)?.event_id })
-    return news.length ? [...before, ...news] : before
+    let events = before
+    let news: Json[]
+    do { // of a long history, page after page
+      news = await get("events", { reference: taskId, after: events.at(-1)?.event_id, limit: PAGE })
+      if (news.length) events = [...events, ...news]
+    } while (news.length === PAGE)
+    return events
   }, [taskId])
   return value ?? NO_EVENTS
 }

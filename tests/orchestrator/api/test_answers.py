@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import InvalidInput, NotFound, WorkersBusy
 from orchestrator.api.answers import answer_json
-from orchestrator.api.requests import Predict
+from orchestrator.api.requests import Predict, Which
 from orchestrator.api.service import Service
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.test_base_models import service_of
@@ -42,6 +42,19 @@ def test_what_main_does_not_hold_is_refused(published: Plant) -> None:
     for reference, changes in (("red/beta", {}), ("red/alpha", {"version": 9})):
         with pytest.raises(NotFound):
             ask(service, reference, **changes)
+
+
+def test_where_no_task_is_named_it_is_found_among_those_of_the_callers_teams(published: Plant) -> None:
+    published.submit("blue/beta")
+    published.run()
+    service = service_of(published)
+    for teams, task in ((None, "red/alpha"), ({"blue"}, "blue/beta")):
+        found = service.answer(Which(texts=("a",), way="energy"), teams)
+        (said,) = found["answers"]
+        assert (said["task"], said["routed_by"], said["label"]) == (task, "energy", "yes")
+        assert found["version"] == 2
+    with pytest.raises(NotFound, match="there is no version 9"):
+        service.answer(Which(texts=("a",), version=9))
 
 
 def test_while_all_workers_are_at_work_nobody_is_kept_waiting(published: Plant) -> None:

@@ -134,4 +134,4 @@ def test_the_service_tells_everybody_that_it_is_alive_and_nothing_else(site: Sit
     for token in (TOKEN, "x", ""):
         answer = exchange(f"{site.url}/alive", "GET", token=token, timeout_seconds=10)
         assert json.loads(answer.content) == {"alive": True}
-    assert exchange(f"{site.url}/health", "GET", token="x", timeout_seconds=10).status == 401
+    assert exchange(f"{site.url}/v1/health", "GET", token="x", timeout_seconds=10).status == 401

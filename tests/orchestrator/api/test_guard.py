@@ -21,7 +21,7 @@ from orchestrator.alarms import AlarmCode
 from orchestrator.api import requests
 from orchestrator.api.access import EVERY_TEAM, About, Caller, Role, check_main, check_role
 from orchestrator.api.requests import CreateToken, ServiceRequest, Submit
-from orchestrator.api.routes import ROUTES, Route
+from orchestrator.api.routes import PREFIX, ROUTES, Route
 from subspace_store import requests as store_requests
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from tests.builders import BASE
@@ -106,7 +106,7 @@ class People:
             self.tokens[who] = self.site.client.ask(asked)["token"]
         headers = {"authorization": f"Bearer {self.tokens[who]}"}
         with httpx.Client(base_url=self.site.url, headers=headers, trust_env=False) as client:
-            return client.request(verb, path, json=body, params=query)
+            return client.request(verb, path if path == "/metrics" else PREFIX + path, json=body, params=query)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_nothing_of_another_team_can_be_named_on_the_way(site: Site, people: Peo
     refused = [people.ask(who, "POST", "/tasks", {"task": task, "dry_run": True}) for task in after]
     assert [answer.status_code for answer in refused] == [422, 422]
     assert refused[0].text.replace("blue/beta", "X") == refused[1].text.replace("blue/nothing", "X")
-    older = [people.ask(who, "GET", "/tasks", before=task_id) for task_id in (beta, "t" + "f" * 21)]
+    older = [people.ask(who, "GET", "/tasks", cursor=task_id) for task_id in (beta, "t" + "f" * 21)]
     assert [answer.status_code for answer in older] == [404, 404]
     assert older[0].text.replace(beta, "X") == older[1].text.replace("t" + "f" * 21, "X")
     for body in ({"task_id": beta, "reason": "why"}, {"task_id": "t" + "f" * 21, "reason": "why"}):
@@ -282,7 +282,7 @@ def test_what_others_do_is_told_without_their_names_while_it_goes_on(site: Site)
     site.plant.controller.alarms.ring(AlarmCode.STEP_FAILED, ids[1], f"{ids[1]}: blue/one cannot be read")
     everything = people.ask("viewer of all teams", "GET", "/status").text
     assert all(name in everything for name in (ids[1], "blue/one", "blue/late", '"blue"'))
-    for path in ("/status", "/health", "/tasks", "/tasks/red/waits", "/logs/red/waits"):
+    for path in ("/status", "/health", "/tasks", "/tasks/red/waits", "/events?reference=red/waits"):
         told = people.ask("viewer of red", "GET", path)
         assert told.status_code == 200
         assert not NAMES_OF_BLUE.search(told.text), told.text
@@ -306,7 +306,7 @@ def test_why_the_gate_rejected_a_task_names_no_other_team(tmp_path: Path) -> Non
         assert "blue/beta" in reason
         told = people.ask("viewer of red", "GET", "/tasks/red/harmful").json()["reason"]
         assert told == reason.replace("blue/beta", "another team's task").replace(beta, "another team's task")
-        for path in ("/tasks/red/harmful", "/logs/red/harmful", "/versions", "/versions/2"):
+        for path in ("/tasks/red/harmful", "/events?reference=red/harmful", "/versions", "/versions/2"):
             answer = people.ask("viewer of red", "GET", path)
             assert not NAMES_OF_BLUE.search(answer.text), answer.text
             assert beta not in answer.text

@@ -59,7 +59,7 @@ def answers_at_once(site: Site) -> bool:
 
 def test_a_body_of_200_megabytes_is_refused_before_it_is_read(site: Site) -> None:
     with connected(site) as connection:
-        head = f"POST /tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {200 * 2**20}\r\n\r\n"
+        head = f"POST /v1/tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {200 * 2**20}\r\n\r\n"
         connection.sendall(head.encode())
         status, told = reply(connection)
     assert (status, told["code"], told["limit"]) == (413, "too-large", BYTES_MAX)
@@ -68,7 +68,7 @@ def test_a_body_of_200_megabytes_is_refused_before_it_is_read(site: Site) -> Non
 def test_a_body_in_endless_pieces_is_refused_at_the_limit(site: Site) -> None:
     sent = 0
     with connected(site) as connection:
-        connection.sendall(f"POST /tasks HTTP/1.1\r\n{FIRST_PART}Transfer-Encoding: chunked\r\n\r\n".encode())
+        connection.sendall(f"POST /v1/tasks HTTP/1.1\r\n{FIRST_PART}Transfer-Encoding: chunked\r\n\r\n".encode())
         try:
             while sent < 200:
                 connection.sendall(b"%x\r\n%s\r\n" % (len(MEGABYTE), MEGABYTE))
@@ -82,7 +82,7 @@ def test_a_body_in_endless_pieces_is_refused_at_the_limit(site: Site) -> None:
 @pytest.mark.parametrize("length", ["9" * 40, "-1", "1e3"])
 def test_a_length_that_is_none_is_refused(site: Site, length: str) -> None:
     with connected(site) as connection:
-        connection.sendall(f"POST /tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {length}\r\n\r\n".encode())
+        connection.sendall(f"POST /v1/tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {length}\r\n\r\n".encode())
         assert connection.recv(12) in (b"HTTP/1.1 413", b"HTTP/1.1 400")
 
 
@@ -97,7 +97,7 @@ def test_a_hundred_thousand_unknown_keys_are_refused_soon_and_shortly(site: Site
     for body in (fields, {"task": fields}, {"task": task_document() | {"training": dict(list(fields.items())[:9000])}}):
         content, started = json.dumps(body).encode(), time.monotonic()
         with connected(site) as connection:
-            head = f"POST /tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+            head = f"POST /v1/tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
             connection.sendall(head.encode() + content)
             status, told = reply(connection)
         assert status == 422
@@ -123,9 +123,9 @@ def test_slow_clients_are_hung_up_on_and_others_do_not_wait(site: Site, monkeypa
     monkeypatch.setattr(server, "BODY_SECONDS", 1.0)
     silent = [connected(site) for _ in range(60)]
     for connection in silent[20:40]:
-        connection.sendall(b"POST /tasks HTTP/1.1\r\nX-")
+        connection.sendall(b"POST /v1/tasks HTTP/1.1\r\nX-")
     for connection in silent[40:]:
-        connection.sendall(f"POST /tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: 1000\r\n\r\n{{".encode())
+        connection.sendall(f"POST /v1/tasks HTTP/1.1\r\n{FIRST_PART}Content-Length: 1000\r\n\r\n{{".encode())
     assert answers_at_once(site)
     for connection in silent[:40]:
         assert connection.recv(1) == b""

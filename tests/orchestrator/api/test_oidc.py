@@ -21,6 +21,7 @@ from configs.settings import OidcSettings
 from orchestrator.api import oidc
 from orchestrator.api.access import EVERY_TEAM, Role
 from orchestrator.api.oidc import Provider
+from orchestrator.api.routes import PREFIX
 from tests.builders import settings as service_settings
 from tests.orchestrator.site import Site
 
@@ -170,7 +171,7 @@ def test_keys_come_over_https_and_groups_name_teams_that_are_there(issuer: Issue
 @pytest.mark.changes
 def test_the_service_takes_its_own_tokens_and_the_providers(site: Site, issuer: Issuer) -> None:
     def ask(token: str, path: str) -> httpx.Response:
-        return httpx.get(site.url + path, headers={"authorization": f"Bearer {token}"}, trust_env=False)
+        return httpx.get(site.url + PREFIX + path, headers={"authorization": f"Bearer {token}"}, trust_env=False)
 
     assert ask(issuer.token(), "/whoami").status_code == 401  # no provider is named
     before = site.service.sources.settings

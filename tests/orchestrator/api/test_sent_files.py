@@ -17,6 +17,7 @@ import pytest
 from configs.task_spec import TaskSpec
 from configs.uploads import SentFile, upload_id
 from orchestrator.api.requests import CreateToken, ReadAudit, Submit
+from orchestrator.api.routes import PREFIX
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX, UNUSED_SECONDS, team_folder
 from tests.builders import rows
 from tests.orchestrator.site import Site
@@ -38,7 +39,7 @@ class Sender:
         self.site = site
         self.token = site.client.ask(CreateToken(name=f"{role}-{team}", role=role, team=team))["token"]  # type: ignore[arg-type]
         headers = {"authorization": f"Bearer {self.token}"}
-        self.http = httpx.Client(base_url=site.url, headers=headers, trust_env=False)
+        self.http = httpx.Client(base_url=site.url + PREFIX, headers=headers, trust_env=False)
 
     def ask(self, path: str, team: str = "red", **contents: bytes) -> httpx.Response:
         files = {name.replace("__", "/").replace("_", "."): facts(content) for name, content in contents.items()}

@@ -36,7 +36,7 @@ from orchestrator.api.requests import (
     ListVersions,
     Preempt,
     PreviewRollback,
-    ReadLog,
+    ReadEvents,
     ServiceRequest,
     ShowCapacity,
     ShowMatrix,
@@ -78,7 +78,7 @@ from workers.orders import Phase, Train
 
 def test_the_name_of_the_scheme_may_be_written_in_any_case(site: Site) -> None:
     for scheme in ("Bearer", "bearer", "BEARER"):
-        assert httpx.get(f"{site.url}/health", headers={"authorization": f"{scheme} {TOKEN}"}).status_code == 200
+        assert httpx.get(f"{site.url}/v1/health", headers={"authorization": f"{scheme} {TOKEN}"}).status_code == 200
 
 
 def test_a_key_names_the_operation_and_not_a_word_that_begins_like_it() -> None:
@@ -90,7 +90,7 @@ def test_a_key_names_the_operation_and_not_a_word_that_begins_like_it() -> None:
 @pytest.mark.parametrize("header", [{}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN[:-1]}])
 def test_nobody_gets_anything_without_the_token(site: Site, header: dict[str, str]) -> None:
     with httpx.Client(base_url=site.url, headers=header, trust_env=False) as stranger:
-        routes = [(route.verb, route.path) for route in ROUTES]
+        routes = [(route.verb, route.url) for route in ROUTES]
         for verb, path in [*routes, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]:
             answer = stranger.request(verb, path.replace("{reference:path}", "x"))
             assert answer.status_code == 401, path
@@ -182,9 +182,9 @@ def test_one_task_is_shown_with_why_and_its_history(site: Site) -> None:
 
 
 def test_logs_go_on_after_an_event(site: Site) -> None:
-    lines = site.client.ask(ReadLog(reference="red/alpha"))
+    lines = site.client.ask(ReadEvents(reference="red/alpha"))
     assert lines[0]["text"] == f"submitted; {FEW}"
-    assert site.client.ask(ReadLog(reference="red/alpha", after=lines[1]["event_id"])) == lines[2:]
+    assert site.client.ask(ReadEvents(reference="red/alpha", after=lines[1]["event_id"])) == lines[2:]
 
 
 def test_versions_are_listed_with_their_branches(site: Site) -> None:
@@ -477,7 +477,7 @@ def test_every_request_of_the_store_and_the_service_has_one_route_or_is_the_loop
     asked = {kind for base in (ServiceRequest, StoreRequest) for kind in _leaves(base)}
     loops_own = {Merge, Refine, RecordScores, Publish, Reject}
     assert {route.record for route in ROUTES} == asked - loops_own
-    assert len({(route.verb, route.path) for route in ROUTES}) == len({route.name for route in ROUTES}) == len(ROUTES)
+    assert len({(route.verb, route.url) for route in ROUTES}) == len({route.name for route in ROUTES}) == len(ROUTES)
 
 
 def _leaves(kind: type[Any]) -> set[type[Any]]:
@@ -558,7 +558,7 @@ def offline(site: Site, tmp_path: Path) -> Client:
         Diff(old=1, new=2),
         ShowScores(),
         ShowCapacity(),
-        ReadLog(reference="red/alpha"),
+        ReadEvents(reference="red/alpha"),
         PreviewRollback(version=1),
         Export(reference="blue/beta"),
     ],
@@ -603,7 +603,7 @@ def hanging_up(how: str, then: Callable[[], None] = lambda: None) -> Iterator[st
 @pytest.mark.parametrize("how", ["closed", "reset"])
 @pytest.mark.parametrize(
     "request_",
-    [ShowTask(reference="red/alpha"), ListTasks(), ReadLog(reference="red/alpha"), ListVersions()],
+    [ShowTask(reference="red/alpha"), ListTasks(), ReadEvents(reference="red/alpha"), ListVersions()],
     ids=lambda request: type(request).__name__,
 )
 def test_a_server_that_ends_while_it_is_asked_is_as_one_that_is_not_there(

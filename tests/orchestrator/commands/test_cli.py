@@ -50,7 +50,7 @@ def task_file(site: Site, title: str, **changes: Any) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    running = {"up", "down", "reload", "status"}
+    running = {"up", "down", "reload", "status", "doctor", "backup", "restore", "upgrade"}
     of_tasks = {
         "submit",
         "import",
@@ -66,7 +66,7 @@ def test_the_commands_are_these() -> None:
         "drain",
         "workers",
     }
-    of_answers = {"predict", "serve"}
+    of_answers = {"predict", "which", "serve"}
     of_versions = {
         "versions",
         "version",
@@ -79,18 +79,19 @@ def test_the_commands_are_these() -> None:
         "capacity",
     }
     of_people = {"whoami", "audit", "login", "token", "context"}
-    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store", "webhooks"}
+    assert set(COMMANDS) == running | of_tasks | of_answers | of_versions | of_people | {"store", "webhooks", "mlflow"}
     assert set(INNER) == {f"token {name}" for name in ("create", "list", "rotate", "revoke")} | {
         "context list",
         "context use",
         "webhooks list",
         "webhooks test",
+        "mlflow rebuild",
     }
 
 
-GROUPS = ("token", "context", "webhooks")
+GROUPS = ("token", "context", "webhooks", "mlflow")
 INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
-HERE = {"up", "down", "reload", "simulate", "serve"}
+HERE = {"up", "down", "reload", "simulate", "serve", "doctor", "backup", "restore", "upgrade"}
 """Commands that are about this machine, whatever service others ask."""
 
 

@@ -146,7 +146,7 @@ def test_followed_without_a_terminal_each_change_is_one_line_of_at_most_80_colum
         ]
     )
     with display.console.capture() as captured:
-        display.follow(lambda: next(asked), 0.0)
+        display.follow(lambda: next(asked), lambda: None)
     found = captured.get().splitlines()
     assert [line[10:].split() for line in found] == [
         ["red/card-orders", "training", "120/1500", "·", "loss", "0.543", "·", "65", "min", "left"],
@@ -160,14 +160,14 @@ def test_a_task_that_is_overtaken_in_the_queue_is_told_of_and_one_that_moves_on_
     places = (2, 1, 3, 3, None)
     asked = iter([*([WAITING | {"place": place}] for place in places[:-1]), [DONE | {"task_id": WAITING["task_id"]}]])
     with display.console.capture() as captured:
-        display.follow(lambda: next(asked), 0.0)
+        display.follow(lambda: next(asked), lambda: None)
     waits, overtaken, ended = (line[10:] for line in captured.get().splitlines())
     assert waits.split()[:2] == ["red/next", "queued"]
     assert "place in the queue 1 → 3: tasks of higher priority, or of teams that have used" in overtaken
     assert ended.split() == ["blue/done", "published"]
     asked = iter([[WAITING | {"place": 1}], [WAITING | {"place": 3}], [DONE | {"task_id": WAITING["task_id"]}]])
     with display.console.capture() as captured, display.errors.capture() as told_beside:
-        display.follow_quietly(lambda: next(asked), 0.0)  # stdout is for JSON
+        display.follow_quietly(lambda: next(asked), lambda: None)  # stdout is for JSON
     assert (captured.get(), told_beside.get()[:34]) == ("", "red/next: place in the queue 1 → 3")
     one = display.Places()  # as `logs --follow` tells of one task
     told = [one.moved(WAITING | {"place": place}).partition(":")[0] for place in places]
@@ -291,7 +291,7 @@ def test_no_character_of_somebody_else_moves_a_terminals_cursor(
     text = printed(lambda: (
         display.tasks([row | {"local_score": 1.0}]), display.log_lines([told, told | {"kind": "progress"}]),
         display.status(status), display.submitted(fine), version_tables.versions([version]), note(EVIL),
-        error(InvalidInput(EVIL, EVIL, EVIL)), display.follow(lambda: [row], 0.0),
+        error(InvalidInput(EVIL, EVIL, EVIL)), display.follow(lambda: [row], lambda: None),
         version_tables.rollback({"from_version": 1, "to_version": 2, "preview": True, "held": False,
                                  "vanishing": [EVIL], "returning": [EVIL]}),
         version_tables.restored({"title": EVIL, "revision": 1, "error": 0.1, "preview": True, "leaving": EVIL,

@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from orchestrator import pending_calls
+from orchestrator.api.mirror import rebuild_mirror
 from orchestrator.reports import mlflow_mirror
 from orchestrator.reports.mlflow_mirror import Mirror
 from orchestrator.tasks import task_queue
@@ -407,6 +408,19 @@ def test_a_deleted_database_is_rebuilt_the_same(mirrored: Mirrored) -> None:
     assert mirrored.everything() == before
 
 
+def test_what_somebody_changed_in_mlflow_is_made_anew_from_the_database_and_the_log(
+    mirrored: Mirrored, tmp_path: Path
+) -> None:
+    before = mirrored.everything()
+    mirrored.client.delete_run(mirrored.runs()["blue/b"].info.run_id)
+    mirrored.client.log_metric(mirrored.runs()["red/a"].info.run_id, "score", 123.0, step=9)
+    assert mirrored.everything() != before
+    name = rebuild_mirror(mirrored.plant.settings, tmp_path)
+    assert mirrored.everything() == before
+    assert mirrored.client.get_experiment_by_name(name).lifecycle_stage == "deleted"
+    mirrored.mirror = mirrored.fresh_mirror()  # the one before knows the runs that were put aside
+
+
 def test_mlflow_being_away_is_told_and_tried_again(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
@@ -461,7 +475,6 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_restored_with_the_runs_it_h
 def test_what_ended_long_ago_is_not_read_again_and_a_row_that_cannot_be_read_stops_nothing(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_queue, "EVENTS_AT_ONCE", 0)
     mirror = mirrored.fresh_mirror()
     mirror.sync()
     read: list[str] = []

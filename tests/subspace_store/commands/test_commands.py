@@ -618,6 +618,14 @@ def test_a_removal_that_makes_the_rest_larger_is_told_with_what_helps(run: Comma
     assert "`onebasis store compact`" in done
 
 
+def test_one_adapter_for_all_tasks_tells_its_size_and_what_it_is_worth_to_each(run: Command, tmp_path: Path) -> None:
+    said = run("export", "-o", str(tmp_path / "out"), "--one", "iso_c", "--rank", "6", "--base", "hub/base")
+    assert said.exit_code == 0, said.output
+    assert re.search(r"one=iso_c@v\d+: one adapter for \d tasks, rank 6, [\d,]+ bytes", said.output.replace("\n", ""))
+    assert re.search(r"team/t1 +\d\.\d{4}", said.output)
+    assert run("export", "-o", str(tmp_path / "out"), "--rank", "6").exit_code == 2
+
+
 def test_all_tasks_of_a_version_are_exported_and_listed(run: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = answer(run("export", "-o", str(out), "--base", "hub/base", "--json"))
