@@ -23,8 +23,8 @@ from subspace_store.commands import terminal
 from tests.builders import SHA256
 
 NAMES_A_PLACE = re.compile(r"(^|_)(dirs?|paths?|files?|folders?|roots?|urls?|uri|source|location|adapter)$")
-NO_PLACE = {"endpoint_url"}
-"""Of a server, always."""
+NO_PLACE = {("storage", "endpoint_url"), ("webhooks", "url"), ("http", "url")}
+"""Of servers, always."""
 
 
 def sections(annotation: Any) -> Iterator[type[Section]]:
@@ -75,7 +75,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("kind", [Settings, TaskSpec])
 def test_every_field_that_names_a_place_is_marked_as_one(kind: type[Section]) -> None:
-    named = {path for path, _ in fields(kind) if NAMES_A_PLACE.search(path[-1]) and path[-1] not in NO_PLACE}
+    named = {path for path, _ in fields(kind) if NAMES_A_PLACE.search(path[-1]) and path[-2:] not in NO_PLACE}
     assert named <= set(PLACES[kind])
 
 
@@ -86,6 +86,10 @@ def test_a_setting_may_begin_with_the_home_folder(path: tuple[str, ...], home: P
         "teams": {"red": {}},
     }
     written = nested(path, value_for(path))
+    if "webhooks" in path or "http" in path:
+        address = {"url": "https://example.org/x", path[-1]: "~/x"}
+        named = {"one": address | {"events": ["ended"]}}
+        written = nested(path[:-1], named if "webhooks" in path else address)
     if path[:2] == ("server", "tls"):
         written["server"]["tls"] = {"cert_file": "c.pem", "key_file": "k.pem"} | written["server"]["tls"]
     if path[0] == "teams":
@@ -101,6 +105,7 @@ def test_a_setting_may_begin_with_the_home_folder(path: tuple[str, ...], home: P
         got = getattr(got, name)
         got = got[0] if path[0] == name == "base_models" else got
         got = got["red"] if path[0] == name == "teams" else got
+        got = got["one"] if name == "webhooks" else got
     assert f"{home}/x" in str(got)
     assert "~" not in str(got)
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from orchestrator.api.access import Caller, Role
+from orchestrator.api.access import Caller, Role, owner
 from orchestrator.api.requests import BranchesAt, ShowHistory
 from orchestrator.commands import display
 from orchestrator.commands.cli import app
@@ -77,6 +77,10 @@ def test_the_history_of_main_tells_who_moved_it_why_and_what_it_did_to_tasks_and
     assert f"--before {moves[1]['seq']}" in page.stderr
     rest = json.loads(onebasis("history", "--before", str(moves[1]["seq"]), "--json").stdout)
     assert (rest["moves"], rest["before"]) == (moves[2:], None)
+    # Who sees one team has the means of that team's tasks alone.
+    site.publish("red/gamma")
+    stayed = [site.guard.answer(ShowHistory(branch="main"), who)["moves"][0]["stayed"] for who in (owner("ann"), RED)]
+    assert [one["tasks"] for one in stayed] == [2, 1]
 
 
 def test_nothing_of_another_team_is_in_it(site: Site) -> None:

@@ -282,9 +282,9 @@ def test_what_may_not_be_is_not_sent_and_says_why(
     assert "is not set where the control plane runs" in answered(plant, one)
     missing = {"secret_env": None, "secret_file": str(tmp_path / "secret")}
     assert "cannot be read: FileNotFoundError" in answered(plant, one, **missing)
-    assert "is no address" in answered(plant, one, url="http://127.0.0.1:99999/x", **missing)
     assert len(one.came) == 1
     (tmp_path / "secret").write_text(f"{SECRET}\n")
+    assert "is no address" in answered(plant, one, url="http://127.0.0.1:99999/x", **missing)
     assert answered(plant, one, **missing) == "status 302: redirects are not followed"
     assert len(one.messages) == 2
 
