@@ -47,6 +47,7 @@ from configs.plain_text import escaped
 from configs.settings import TlsSettings, read_settings
 from orchestrator.api import requests
 from orchestrator.api.callers import Callers
+from orchestrator.api.calls import OPENAPI_PATH
 from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
 from orchestrator.api.feed import Feed, Interest
 from orchestrator.api.guard import Guard

@@ -23,6 +23,7 @@ from configs.errors import (
     Conflict,
     InvalidInput,
     NoSignOfLife,
+    OnebasisError,
     OwnedByAnother,
     Unavailable,
     UnsafeStorage,
