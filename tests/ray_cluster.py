@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.ray_head import ray_environment
+from tests.moto_server import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -41,22 +41,15 @@ class RayCluster:
         return found
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens at."""
-    with contextlib.ExitStack() as held:
-        servers = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(server.getsockname()[1]) for server in servers]
-
-
 @contextlib.contextmanager
 def ray_cluster(cpus: int, has_dashboard: bool = False) -> Iterator[RayCluster]:
     """A cluster without anything on it; all its processes are gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix="onebasis-"))  # short: the paths of sockets are
-    port, dashboard, agent = free_ports(3)
+    port, dashboard = free_port(), free_port()
     options = [f"--port={port}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=80000000"]
     options.append(f"--include-dashboard={str(has_dashboard).lower()}")
     if has_dashboard:  # else its agent listens where that of another Ray on this machine may
-        options += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        options += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
     token = folder / "token"
     with (folder / "ray.out").open("wb") as log:
         process = subprocess.Popen(

@@ -251,12 +251,7 @@ class Worker:
     def _base_model(self) -> BaseModel:
         if self._base is None:
             base = load_base_model(self._settings)
-            # Weights that stay on the host, so that each rank's GPU takes its part, are too large for one process.
-            if base.device.type == "cuda" or not torch.cuda.is_available():
-                rehearse(base)
-            # Trainer collects garbage before its first step: 0.3 s over the libraries' objects, 0.02 s without them.
-            gc.collect()
-            gc.freeze()
+            warm_up(base)
             self._base = base
         return self._base
 
@@ -382,7 +377,17 @@ def _failed(token: str, error: Exception) -> Failed:
     return Failed(token=token, fault="bug", message=f"{type(error).__name__}: {error}", detail=detail)
 
 
-def rehearse(base: BaseModel) -> None:
+def warm_up(base: BaseModel) -> None:
+    """Make this process ready for the tasks of a base model that it has just loaded."""
+    # Weights that stay on the host, so that each rank's GPU takes its part, are too large for one process.
+    if base.device.type == "cuda" or not torch.cuda.is_available():
+        _rehearse(base)
+    # Trainer collects garbage before its first step: 0.3 s over the libraries' objects, 0.02 s without them.
+    gc.collect()
+    gc.freeze()
+
+
+def _rehearse(base: BaseModel) -> None:
     """Train and score two rows, for the imports, kernels and caches that a first use costs (4 s for MiniLM)."""
     kind = base.kinds[0]
     rows, label_names = REHEARSED[kind], ("one", "two") if kind in CLASSIFICATION_KINDS else ()

@@ -234,7 +234,8 @@ def _make_folder(folder: Path) -> None:
     """Like mkdir -p, and every new name in a parent is flushed."""
     if not folder.exists():
         _make_folder(folder.parent)
-        with contextlib.suppress(FileNotFoundError):  # the parent was removed meanwhile; the caller tries again
+        # The parent was removed meanwhile, or this folder, which another had just made: the caller tries again.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             folder.mkdir(exist_ok=True)
             _flush_folder(folder.parent)
 

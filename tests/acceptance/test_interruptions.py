@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_files_that_are_sent_go_on_where_they_were_when_the_control_plane_was_ki
         return subprocess.Popen(
             [ONEBASIS, *arguments], cwd=tmp_path, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
         )  # fmt: skip
 
     def log_in() -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from tests.moto_server import free_port
 
 START_SECONDS = 60.0
 NOBODY = 65534
@@ -41,8 +42,7 @@ class Postgres:
             self._user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
             os.chown(folder, NOBODY, NOBODY)
             self._programs = _within_reach(programs, folder, self._user)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = int(free.getsockname()[1])
+        self._port = free_port()
         self.url = f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/postgres"
         how = ["-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"]
         self._do([str(self._programs / "initdb"), "-D", str(folder / "data"), *how])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from tests.workers.worker_builders import MINILM, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.weights import resolve_source
-from workers.worker import rehearse
+from workers.worker import warm_up
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,10 +88,8 @@ def tiny(tiny_source: Callable[[str], str]) -> Callable[[str], BaseModel]:
     def base(architecture: str) -> BaseModel:
         if architecture not in loaded:
             loaded[architecture] = load_base_model(tiny_settings(tiny_source(architecture)))
-            if len(loaded) == 1:  # as a worker: else each training looks for garbage among the libraries' objects
-                rehearse(loaded[architecture])
-                gc.collect()
-                gc.freeze()
+            if len(loaded) == 1:  # else each training looks for garbage among the libraries' objects
+                warm_up(loaded[architecture])
         return loaded[architecture]
 
     return base

@@ -12,7 +12,6 @@ from configs.task_spec import TaskSpec
 from orchestrator.api.requests import Cancel, ChangeMany, ListTasks, Pause, Resume, Retry, ShowTask, Status, Submit
 from orchestrator.tasks.task_record import TaskState
 from tests.orchestrator.site import Site
-from workers.orders import Train
 
 pytestmark = pytest.mark.changes
 
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.changes
 @pytest.fixture
 def busy(site: Site) -> Iterator[Site]:
     """Both workers train, and go on with it until the test ends."""
-    site.plant.cluster.hold = lambda order: isinstance(order, Train)
-    for name in ("one", "two"):
-        submit(site, f"red/{name}")
-    for name in ("one", "two"):
-        site.wait_for(f"red/{name}", "training")
+    site.train("red/one", "red/two")
     yield site
     site.plant.cluster.release()
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from configs.errors import Corrupt, NotLeading, OnebasisError, StoreFull, StoreReadOnly
+from configs.errors import Corrupt, NotLeading, OnebasisError, StoreFull, StoreReadOnly, Unavailable
+from configs.settings import Settings
 from orchestrator.alarms import AlarmCode
+from orchestrator.api import latest
 from orchestrator.api.requests import Export, PreviewRollback, Status, Submit
 from orchestrator.api.service import Service
 from orchestrator.commands import display
 from orchestrator.leadership import StandsBy
+from orchestrator.serving.deployment import Deployment
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store import Storage, SubspaceStore
 from subspace_store.requests import Rollback, Tag
@@ -52,6 +57,44 @@ def test_a_rollback_to_a_version_whose_files_are_gone_is_refused_and_the_damage_
     damaged.step(20)
     assert damaged.states()["blue/delta"] == "merging"
     assert damaged.cluster.store_calls.count("merge") == 3
+
+
+class RayServe:
+    """Stands for a `Deployment` whose Ray Serve hangs, or fails: a real one does neither on demand."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error, self.may_answer = error, threading.Event()
+
+    def facts(self, settings: Settings) -> dict[str, Any]:
+        if self._error is not None:
+            raise self._error
+        self.may_answer.wait(20)
+        return {"url": settings.serving.url, "state": "running", "base_models": {}} if settings.serving else {}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (None, "no answer within 0 s"),
+        (RuntimeError("the controller is gone"), "RuntimeError: the controller is gone"),
+        (Unavailable("Ray is away"), "Ray is away"),
+    ],
+)
+def test_a_status_does_not_wait_for_ray_serve_and_says_that_it_does_not_answer(
+    make_plant: Callable[..., Plant], monkeypatch: pytest.MonkeyPatch, error: Exception | None, told: str
+) -> None:
+    monkeypatch.setattr(latest, "LOOK_SECONDS", 0.05)
+    plant, hangs = make_plant(serving={"port": 1}), RayServe(error)
+    deployment = cast("Deployment", hangs)
+    service = Service(
+        plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster, deployment=deployment
+    )
+    serving = service.answer(Status())["serving"]
+    assert serving == {"url": "http://127.0.0.1:1", "state": "unknown", "message": told, "base_models": {}}
+    if error is None:
+        monkeypatch.setattr(latest, "LOOK_SECONDS", 10.0)
+        hangs.may_answer.set()
+        assert service.answer(Status())["serving"]["state"] == "running"
 
 
 def test_tasks_of_main_that_a_new_task_database_does_not_know_are_counted(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskState
 from tests.builders import task_record
 from tests.contracts.task_queue_contract import TaskQueueContract, at_once
+from tests.moto_server import free_port
 from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
 from tests.servers.postgres import Postgres, postgres_server
 
@@ -174,8 +174,7 @@ def test_a_url_that_cannot_be_taken_apart_is_refused_without_its_password(url: s
 
 
 def test_a_database_that_does_not_answer_is_unavailable_and_its_password_is_not_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(Unavailable) as caught:
         TaskQueue(f"postgresql+psycopg://me:secret-word@127.0.0.1:{port}/x")
     assert f"me:***@127.0.0.1:{port}" in str(caught.value)

@@ -123,6 +123,24 @@ def test_who_writes_into_a_folder_that_others_empty_all_the_time_never_fails(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_another_process_makes_and_removes_at_once_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, made = os.mkdir, list[str]()
+
+    def lost(path: str, mode: int = 0o777) -> None:
+        made.append(str(path))
+        if len(made) == 1:  # another one has made it; it is gone before anybody can look what it is
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", lost)
+    storage = LocalStorage(str(tmp_path))
+    storage.write("data/t/x", b"y")
+    assert storage.read("data/t/x") == b"y"
+    assert made.count(str(tmp_path / "data")) == 2
+
+
 @pytest.mark.parametrize(
     ("number", "error"),
     [
