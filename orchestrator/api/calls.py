@@ -17,7 +17,9 @@ from orchestrator.api.routes import route_of
 
 JSON_TYPE = "application/json"
 OPENAPI_PATH = "/openapi.json"
-OTHER_RELEASE = "where it runs, `onebasis upgrade` ends it, keeps a copy of its database, and goes on under this release"
+OTHER_RELEASE = (
+    "where it runs, `onebasis upgrade` ends it, keeps a copy of its database, and goes on under this release"
+)
 BYTES = "application/octet-stream"
 END = "end"
 """Name of the last event of a stream, whose data is the error for which it ended."""
