@@ -266,7 +266,7 @@ class TaskQueue:
         """A task's revisions, oldest first, those that came to nothing among them: all of its name that one of the
         others takes the place of, or that take the place of one."""
         named = select(*_RECORD).where(_tasks.c.team == record.team, _tasks.c.name == record.name)
-        same_name = self._records(named.order_by(_tasks.c.submitted_at, _tasks.c.task_id))
+        same_name = sorted(self._records(named), key=lambda one: (one.submitted_at, one.task_id))
         found, before = {record.task_id}, 0
         while len(found) > before:
             before = len(found)
@@ -846,8 +846,10 @@ class TaskQueue:
         """The living task of this name, and the next revision of it that is on its way, if there is one. While they
         live, no other gets the name: team/name of a score means one task."""
         named = (_tasks.c.team == team, _tasks.c.name == name, _tasks.c.state.not_in(_OUT_OF_LINE))
-        chosen = select(*_RECORD, _tasks.c.state, _tasks.c.content_sha256).where(*named)
-        return connection.execute(chosen.order_by(_tasks.c.submitted_at, _tasks.c.task_id)).all()
+        chosen = select(*_RECORD, _tasks.c.state, _tasks.c.content_sha256, _tasks.c.submitted_at).where(*named)
+        # Sorted here: told to sort, SQLite reads all of the team's tasks by age rather than those of this name.
+        found = connection.execute(chosen).all()
+        return sorted(found, key=lambda row: (row.submitted_at, row.task_id))
 
     def _refuse_taken_name(self, connection: Connection, record: TaskRecord) -> None:
         alive = self._alive(connection, record.team, record.name)

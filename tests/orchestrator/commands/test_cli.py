@@ -91,7 +91,7 @@ def test_the_commands_are_these() -> None:
 
 GROUPS = ("token", "context", "webhooks", "mlflow")
 INNER = [f"{group} {name}" for group in GROUPS for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
-HERE = {"up", "down", "reload", "simulate", "serve", "doctor", "backup", "restore", "upgrade"}
+HERE = {"up", "down", "reload", "simulate", "serve", "doctor", "backup", "restore", "upgrade", "mlflow rebuild"}
 """Commands that are about this machine, whatever service others ask."""
 
 
