@@ -276,12 +276,14 @@ Change = Literal["cancel", "retry", "pause", "resume"]
 
 
 class ChangeMany(ServiceRequest[Json]):
-    """Cancel, retry, pause or resume the tasks of a team, or in a state, or both."""
+    """Cancel, retry, pause or resume the tasks of a team, in a state, or of a base model; of all that are named."""
 
     needs_service = True
     change: Change
     team: Name | None = None
     state: TaskState | None = None
+    base_model: OfBaseModel = None
+    """Only tasks of this base model; None: of all."""
     reason: Line = ""
     by: Line = "somebody"
 

@@ -354,16 +354,20 @@ class Tasks:
         }
 
     def change_many(self, request: requests.ChangeMany) -> Json:
-        """The same for many tasks, the oldest first; of several of one name only the newest. What does not belong to a
-        task's state is no error: it is told, and so is a task for which there is nothing to do."""
+        """The same for many tasks, the oldest first (`cancel`: the newest); of several of one name only the newest.
+        What does not belong to a task's state is no error: it is told, and so is a task with nothing to do."""
         self._sources.running(request.change)
-        if request.team is None and request.state is None:
-            raise InvalidInput("names neither a team nor a state", request.change, "add --team, --state or both")
+        if request.team is request.state is request.base_model is None:
+            what = "names neither a team nor a state nor a base model"
+            raise InvalidInput(what, request.change, "add --team, --state or --base-model, or several of them")
         self._known_team(request.team)
+        self._sources.settings.base(request.base_model) if request.base_model is not None else None
         states = (request.state,) if request.state else CHANGES[request.change]
-        newest = {record.title: record for record in self._sources.queue.tasks(states, request.team)}
+        found = self._sources.queue.tasks(states, request.team, request.base_model)
+        newest = list({record.title: record for record in found}.values())
         done, unchanged, refused = [], [], []
-        for record in newest.values():
+        # A task ends before the one that it comes after, which would otherwise park it.
+        for record in reversed(newest) if request.change == "cancel" else newest:
             if request.change == "retry":  # of that name another may be alive by now
                 record = self._sources.queue.find(record.title)
             if why_not := _nothing_to_do(request.change, record):
@@ -524,7 +528,10 @@ def _nothing_to_do(change: requests.Change, record: TaskRecord) -> str:
 
 
 def _wait_json(wait: Wait | None) -> Json | None:
-    return None if wait is None else {**asdict(wait), "who": str(wait.who)}
+    if wait is None:
+        return None
+    told = {name: value for name, value in asdict(wait).items() if name != "is_of_service"}
+    return {**told, "who": str(wait.who)}
 
 
 def _runs_too_long(record: TaskRecord, length: Pace | None) -> str:

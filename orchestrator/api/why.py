@@ -100,6 +100,7 @@ def _of_the_queue(record: TaskRecord, around: Surroundings) -> list[Wait | None]
             code=WaitCode.PAUSED,
             about=f"{what} is paused by {pause.by}: {pause.reason or 'no reason given'}",
             since=pause.at,
+            is_of_service=what == "the service",
         )
         for what, pause in pauses.items()
         if pause is not None

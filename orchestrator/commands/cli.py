@@ -113,6 +113,7 @@ Reference = Annotated[str, typer.Argument(metavar="ID", help=NAMES)]
 OneTask = Annotated[str | None, typer.Argument(metavar="[ID]", help=NAMES)]
 OfTeam = Annotated[str | None, typer.Option("--team", help="Of this team.")]
 InState = Annotated[str | None, typer.Option("--state", help="Those in this state.")]
+OnBaseModel = Annotated[str | None, typer.Option("--base-model", metavar="NAME", help="Those of this base model.")]
 TheirFiles = Annotated[
     bool, typer.Option("--their-files", help="Files that the tasks name are where the service runs, at these paths.")
 ]
@@ -317,15 +318,16 @@ def cancel(
     reference: OneTask = None,
     team: OfTeam = None,
     state: InState = None,
+    base_model: OnBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Stop a task that is not part of a version yet; or those of a team, or in a state."""
     client = Client(state_dir)
     if reference is None:
-        _change_many("cancel", client, team, state, as_json)
+        _change_many("cancel", client, team, state, base_model, as_json)
         return
-    _refuse_both(team, state)
+    _refuse_both(team, state, base_model)
     answer = client.ask(Cancel(reference=reference, by=me()))
     show(answer, lambda a: note(f"{a['title']}: {a['state']}, stopping" if a["state"] == "training"
           else f"{a['title']}: {a['state']}"), as_json)  # fmt: skip
@@ -336,15 +338,16 @@ def retry(
     reference: OneTask = None,
     team: OfTeam = None,
     state: InState = None,
+    base_model: OnBaseModel = None,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Submit a task again that is parked, rejected or cancelled, its files as they are now; or those of a team."""
     client = Client(state_dir)
     if reference is None:
-        _change_many("retry", client, team, state, as_json)
+        _change_many("retry", client, team, state, base_model, as_json)
         return
-    _refuse_both(team, state)
+    _refuse_both(team, state, base_model)
     show(client.ask(Retry(reference=reference, by=me())), display.submitted, as_json)
 
 
@@ -353,6 +356,7 @@ def pause(
     reference: OneTask = None,
     team: OfTeam = None,
     state: InState = None,
+    base_model: OnBaseModel = None,
     service: Annotated[bool, typer.Option("--service", help="Pause the whole service.")] = False,
     reason: Annotated[str, typer.Option(help="Reason, shown to all who wait.")] = "",
     state_dir: StateDir = STATE_DIR,
@@ -362,9 +366,9 @@ def pause(
     on, a paused task writes a checkpoint. With --state: each of these tasks."""
     client = Client(state_dir)
     if state is not None and reference is None and not service:
-        _change_many("pause", client, team, state, as_json, reason)
+        _change_many("pause", client, team, state, base_model, as_json, reason)
         return
-    _refuse_all_but_one(reference, team, service, state)
+    _refuse_all_but_one(reference, team, service, state, base_model)
     asked = Pause(reference=reference, team=team, reason=reason, by=me())
     show(client.ask(asked), display.paused, as_json)
 
@@ -374,6 +378,7 @@ def resume(
     reference: OneTask = None,
     team: OfTeam = None,
     state: InState = None,
+    base_model: OnBaseModel = None,
     service: Annotated[bool, typer.Option("--service", help="Resume the whole service.")] = False,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
@@ -381,9 +386,9 @@ def resume(
     """Take a pause back: of a task, a team or, with --service, the service. With --state: of each of these tasks."""
     client = Client(state_dir)
     if state is not None and reference is None and not service:
-        _change_many("resume", client, team, state, as_json)
+        _change_many("resume", client, team, state, base_model, as_json)
         return
-    _refuse_all_but_one(reference, team, service, state)
+    _refuse_all_but_one(reference, team, service, state, base_model)
     show(client.ask(Resume(reference=reference, team=team, by=me())), display.resumed, as_json)
 
 
@@ -913,27 +918,37 @@ def _state(name: str | None) -> TaskState | None:
 
 
 def _change_many(
-    change: Change, client: Client, team: str | None, state: str | None, as_json: bool, reason: str = ""
+    change: Change,
+    client: Client,
+    team: str | None,
+    state: str | None,
+    base_model: str | None,
+    as_json: bool,
+    reason: str = "",
 ) -> None:
-    """Change the tasks of a team, or in a state, and show what was done to which. The exit code is the highest of those
-    that were refused."""
-    asked = ChangeMany(change=change, team=team, state=_state(state), reason=reason, by=me())
+    """Change the tasks of a team, in a state, or of a base model, and show what was done to which. The exit code is
+    the highest of those that were refused."""
+    asked = ChangeMany(change=change, team=team, state=_state(state), base_model=base_model, reason=reason, by=me())
     answer = client.ask(asked)
     show(answer, display.changed, as_json)
     if refused := [one["error"]["exit_code"] for one in answer["refused"]]:
         raise typer.Exit(max(refused))
 
 
-def _refuse_both(team: str | None, state: str | None) -> None:
-    if team is not None or state is not None:
-        raise InvalidInput("a task is named, and a team or a state", "--team, --state", "name the task, or those")
+def _refuse_both(team: str | None, state: str | None, base_model: str | None) -> None:
+    if not team is state is base_model is None:
+        where = "--team, --state, --base-model"
+        raise InvalidInput("a task is named, and a team, a state or a base model", where, "name the task, or those")
 
 
-def _refuse_all_but_one(reference: str | None, team: str | None, service: bool, state: str | None) -> None:
+def _refuse_all_but_one(
+    reference: str | None, team: str | None, service: bool, state: str | None, base_model: str | None
+) -> None:
     """Nothing is meant by default: a forgotten name must not pause everybody."""
-    if [reference is not None, team is not None, service].count(True) != 1 or state is not None:
+    if [reference is not None, team is not None, service].count(True) != 1 or not state is base_model is None:
         what = "names not exactly one of a task, --team and --service"
-        raise InvalidInput(what, "onebasis", "name one of them; --state stands alone or beside --team")
+        todo = "name one of them; --state stands alone or beside --team, --base-model beside --state"
+        raise InvalidInput(what, "onebasis", todo)
 
 
 def _silent(_: str) -> None:

@@ -55,7 +55,7 @@ class Who(StrEnum):
 
 WHO: dict[WaitCode, Who] = {
     WaitCode.HELD: Who.PLATFORM,
-    WaitCode.PAUSED: Who.PLATFORM,
+    WaitCode.PAUSED: Who.TEAM,
     WaitCode.DEPENDENCY: Who.TEAM,
     WaitCode.NOT_BEFORE: Who.TEAM,
     WaitCode.NEVER_FITS: Who.TEAM,
@@ -87,10 +87,13 @@ class Wait:
     until: float | None = None
     """Unix time at which it ends by itself; None: not known."""
 
+    is_of_service: bool = False
+    """Whether it concerns the whole service, so that a team alone can do nothing about it."""
+
     @property
     def who(self) -> Who:
         """People who can do something about it."""
-        return WHO[self.code]
+        return Who.PLATFORM if self.is_of_service else WHO[self.code]
 
 
 def first_of(*waits: Wait | None) -> Wait | None:

@@ -284,9 +284,12 @@ class TaskQueue:
             raise NotFound(f"there is no revision {number}", title, f"there are: {', '.join(map(str, numbers))}")
         return max(tried, key=lambda one: (one.came_to_something, one.submitted_at, one.task_id))
 
-    def tasks(self, states: Iterable[TaskState] = (), team: str | None = None) -> list[TaskRecord]:
-        """Tasks by age, all or those in some states or of one team. What cannot be read is left out: `unreadable`."""
-        return self._records(_chosen(states, team).order_by(_tasks.c.submitted_at, _tasks.c.task_id))
+    def tasks(
+        self, states: Iterable[TaskState] = (), team: str | None = None, base_model: str | None = None
+    ) -> list[TaskRecord]:
+        """Tasks by age, all or those in some states, of one team or base model. What cannot be read is left out:
+        `unreadable`."""
+        return self._records(_chosen(states, team, base_model).order_by(_tasks.c.submitted_at, _tasks.c.task_id))
 
     def page(
         self,

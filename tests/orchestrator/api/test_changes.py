@@ -125,10 +125,13 @@ def test_a_task_behind_another_waits_for_it_and_is_retried_with_it(busy: Site) -
 def test_all_tasks_of_a_team_in_a_state_are_cancelled_at_once(busy: Site) -> None:
     for title in ("red/a", "blue/b", "red/c"):
         submit(busy, title)
+    submit(busy, "red/behind", after=["red/c"])
     answer = busy.client.ask(ChangeMany(change="cancel", team="red", state=TaskState.QUEUED, by="ann"))
-    assert answer == {"change": "cancel", "done": ["red/a", "red/c"], "unchanged": [], "refused": []}
+    # A task before the one that it comes after, whose end would park it.
+    assert answer == {"change": "cancel", "done": ["red/behind", "red/c", "red/a"], "unchanged": [], "refused": []}
     states = {row["title"]: row["state"] for row in busy.client.ask(ListTasks())}
     assert (states["red/one"], states["blue/b"], states["red/c"]) == ("training", "queued", "cancelled")
+    assert states["red/behind"] == "cancelled"
     with pytest.raises(InvalidInput, match="neither a team nor a state"):
         busy.client.ask(ChangeMany(change="cancel"))
 

@@ -187,3 +187,10 @@ def test_a_start_that_nobody_can_know_is_not_guessed() -> None:
 def test_every_reason_says_who_can_change_it() -> None:
     assert set(WHO) == set(WaitCode)
     assert {Wait(code=code).who for code in WaitCode} == set(Who)
+
+
+def test_a_team_ends_its_own_pause_and_not_that_of_the_service() -> None:
+    pause = Pause(by="ann", at=1.0, reason="")
+    of_team, of_all = (wait_of(task_record("red/a"), around(pauses={who: pause})) for who in ("red", ""))
+    of_task = wait_of(task_record("red/a", paused=pause), around())
+    assert [wait.who for wait in (of_team, of_all, of_task) if wait] == [Who.TEAM, Who.PLATFORM, Who.TEAM]

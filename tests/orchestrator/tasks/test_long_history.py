@@ -1,4 +1,4 @@
-"""What the task queue asks costs the same with a long history: counted in instructions of SQLite's machine, not in time."""
+"""A long history costs the task queue nothing: counted in the instructions of SQLite's machine, not in time."""
 
 from __future__ import annotations
 
