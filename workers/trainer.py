@@ -6,13 +6,14 @@ It saves, logs and evaluates nothing here. No Ray, no storage.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class Surroundings:
     report: Report = lambda progress: None
     """Takes heartbeats: every step, and with a log line now and then. Called on every rank."""
     asked: Callable[[], Asked] = lambda: ""
-    """Request of the control plane; called after every step."""
+    """Request of the control plane; called after every step, and before every layer."""
     after_step: Callable[[int, int], None] = lambda step, steps: None
     """The method's own work after a step; see `workers.methods.Method`."""
     checkpoint: Checkpoint | None = None
@@ -111,7 +112,8 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         InvalidInput: The loss is no longer a number. Or this base model, this GPU or DeepSpeed cannot train with these
             settings.
         OutOfMemory: The message has the numbers and the settings to change.
-        Cancelled, Preempted: Between two steps.
+        Cancelled: Between two layers of a step; on several ranks, between two steps.
+        Preempted: Between two steps.
     """
     group, begun, config = around.group, around.checkpoint, spec.training.deepspeed
     check_config(config, spec.training.bf16, base.is_quantized)
@@ -144,7 +146,8 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         )
         steps.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        _run(trainer, plan)
+        with _heard_inside_a_step(model, around):
+            _run(trainer, plan)
         if steps.ended:
             raise Cancelled if steps.ended == "cancel" else Preempted
     except BaseException:
@@ -176,6 +179,29 @@ def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
     for parameter in training_state.trained_parameters(model).values():
         if parameter.shape == (1,) and not parameter.any():
             parameter.data.fill_(mean)
+
+
+@contextlib.contextmanager
+def _heard_inside_a_step(model: Any, around: Surroundings) -> Iterator[None]:
+    """Stop at the next layer when the outcome is no longer wanted: a step of a large model takes longer than anybody
+    waits. Not on several ranks: one that stops by itself would leave the others waiting for it in a collective."""
+
+    def look(*_: Any) -> None:
+        if around.asked() == "cancel":
+            raise Cancelled
+
+    layers = [] if around.group.rank.size > 1 else _layers(model)
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: Any) -> list[Any]:
+    """The layers of a model's encoders and decoders, through which each micro-batch goes in turn."""
+    return [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
 
 
 def _run(trainer: Any, plan: Schedule) -> None:

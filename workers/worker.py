@@ -162,7 +162,7 @@ class Worker:
             return replace(self._progress, log_lines=lines)
 
     def cancel(self, token: str) -> bool:
-        """Stop an order between two steps; its outcome is then `Failed` with fault `cancelled`.
+        """Stop an order at the next layer of a step; its outcome is then `Failed` with fault `cancelled`.
 
         Returns:
             False when it is done or was never given; then nothing happens.

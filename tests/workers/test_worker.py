@@ -282,6 +282,24 @@ def test_a_running_order_can_be_cancelled_between_two_steps(worker: Worker) -> N
     assert not worker.cancel("never given")
 
 
+def test_a_cancel_is_heard_inside_a_step_at_the_next_layer(worker: Worker) -> None:
+    layers: list[str] = []
+
+    def passed(module: Any, *_: Any) -> None:
+        if type(module).__name__ == "BertLayer":
+            layers.append("passed")
+            assert worker.cancel("inside")
+
+    handle = torch.nn.modules.module.register_module_forward_hook(passed)
+    try:
+        outcome = worker.run(train("inside", training={"max_steps": 100000}))
+    finally:
+        handle.remove()
+    assert isinstance(outcome, Failed)
+    assert (outcome.fault, worker.progress().step, layers) == ("cancelled", 0, ["passed"])
+    assert isinstance(worker.run(train("next")), Trained)  # nothing of it is left in the base model
+
+
 def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(*_: Any) -> Any:
         time.sleep(0.05)
