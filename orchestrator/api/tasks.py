@@ -88,7 +88,10 @@ class Tasks:
         if (layout := controller.layout_of(name)) is None:
             workers = controller.describe_workers(name)
             causes = "; ".join(f"{worker}: {what}" for worker, what in sorted(workers.items()))
-            raise Unavailable(f"no worker has loaded the base model yet ({causes})", todo="try again when one is free")
+            broken = [error for worker, error in controller.load_errors.items() if worker in workers]
+            todo = broken[0].todo if broken else ""
+            what = f"no worker has loaded the base model {name} yet ({causes})"
+            raise Unavailable(what, "submit", todo or "try again when one has; `onebasis workers` shows it")
         with contextlib.closing(check(request.task, self._sources.settings, layout)) as draft:
             if request.dry_run:
                 record, is_new = would_admit(

@@ -16,6 +16,8 @@ import pytest
 from configs.errors import Corrupt, InvalidInput, NotFound, NotWritten, OtherBaseModel, StoreFull, Unavailable
 from orchestrator import controller, worker_pool
 from orchestrator.alarms import AlarmCode
+from orchestrator.api.requests import Submit
+from orchestrator.api.service import Service
 from orchestrator.candidate import EVALUATION_TRIES
 from orchestrator.cluster import MachineLost, ProcessEnded
 from orchestrator.judging.score_table import evaluations_due
@@ -26,7 +28,7 @@ from subspace_store import StagedAdapter, SubspaceState, SubspaceStore
 from subspace_store.log.version import Identity
 from subspace_store.requests import Hold, Quarantine, Release, Remove, Rollback
 from subspace_store.storage.protocol import Storage
-from tests.builders import BASE, LAYOUT, adapter, with_pools
+from tests.builders import BASE, LAYOUT, adapter, task_spec, with_pools
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.stand_in_cluster import _landed
 from workers.orders import Evaluate, Order, Point, Train
@@ -1501,10 +1503,14 @@ def test_a_command_of_the_same_service_fences_its_writer_which_opens_anew(make_p
 
 def test_a_store_is_made_only_when_a_worker_has_loaded_the_base_model(make_plant: MakePlant) -> None:
     plant = make_plant()
-    wrong_weights = InvalidInput("weights have another sha256", "base_model")
+    wrong_weights = InvalidInput("weights have another sha256", "base_model", "correct the digest")
     plant.cluster.load_error = wrong_weights
     plant.submit("red/a")
     plant.step(5)
+    service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+    with pytest.raises(Unavailable, match="weights have another sha256") as refused:
+        service.answer(Submit(task=task_spec("red/b"), by="ann"))
+    assert refused.value.todo == "correct the digest"  # to try again would change nothing
     assert plant.controller.load_errors == {"worker-0": wrong_weights, "worker-1": wrong_weights}
     assert [key for key in plant.storage.keys("") if not key.startswith("data/")] == []
     with pytest.raises(NotWritten, match="no store yet"):
