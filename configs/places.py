@@ -19,6 +19,8 @@ from configs.errors import InvalidInput
 from configs.uploads import is_upload, upload_named
 
 S = TypeVar("S", bound=Section)
+BUCKET = "s3://"
+"""How a place in a bucket begins."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,33 @@ def absolute(path: str, root: Path) -> str:
     return str(root / home(path))
 
 
+def is_in_bucket(place: str) -> bool:
+    """Whether a place is in a bucket, and is no path."""
+    return place.startswith(BUCKET)
+
+
+def in_bucket(place: str) -> str:
+    """`s3://BUCKET/KEY` as it is, without a slash at its end.
+
+    Raises:
+        InvalidInput: It names no bucket, or its key has empty parts, `.` or `..`, which may be read in two ways.
+    """
+    parts = place.removeprefix(BUCKET).rstrip("/").split("/")
+    if not is_in_bucket(place) or any(part in ("", ".", "..") or not part.isprintable() for part in parts):
+        raise InvalidInput("names no place in a bucket", place, "write s3://BUCKET/FOLDER/FILE, without empty parts")
+    return BUCKET + "/".join(parts)
+
+
 def real(path: str, root: Path) -> str:
-    """A path from anywhere, links resolved; `upload:ID/NAME`, which is no path, as it is."""
+    """A path from anywhere, links resolved; `upload:ID/NAME` and `s3://BUCKET/KEY`, which are no paths, as they are."""
     if is_upload(path):
         return str(upload_named(path))
+    if is_in_bucket(path):
+        return in_bucket(path)
     if re.match(r"[a-z][a-z0-9+.-]*:/", path):
-        raise InvalidInput("is a URL, and only files and folders are read", path, "download it, and name the file")
+        raise InvalidInput(
+            "is a URL, and only files, folders and s3:// are read", path, "download it, and name the file"
+        )
     try:
         return str((root / home(path)).resolve())
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte

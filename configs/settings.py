@@ -215,6 +215,20 @@ class WebhookSettings(AddressSettings):
     `held` of `main`; for the service as a whole also `alarm`."""
 
 
+class BucketSettings(Section):
+    """A part of a bucket from which task files may name data and adapters."""
+
+    url: str = Field(pattern="^s3://[^/]")
+    """`s3://BUCKET/PREFIX`: what lies below it may be named. The control plane reads it, with the credentials that
+    boto3's usual chain finds: they decide what else there could be read."""
+    endpoint_url: str | None = None
+    """Address of an S3 server that is not AWS."""
+    region: str | None = None
+    """Region of the bucket; default: what boto3's chain finds."""
+    path_style: bool | None = None
+    """As for `storage`."""
+
+
 class TeamSettings(Section):
     """A team that may submit tasks."""
 
@@ -222,6 +236,8 @@ class TeamSettings(Section):
     """Share of the cluster, relative to the weights of the other teams."""
     data_roots: Annotated[tuple[str, ...] | None, Located(absolute)] = None
     """Folders from which its task files may name data and adapters, instead of those of the service."""
+    data_buckets: tuple[BucketSettings, ...] | None = None
+    """Parts of buckets that they may name, instead of those of the service."""
     queued_max: int = Field(1000, ge=1)
     """Most tasks of the team that may wait at the same time."""
     places: int | None = Field(None, ge=1)
@@ -448,6 +464,8 @@ class Settings(Section):
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
+    data_buckets: tuple[BucketSettings, ...] = ()
+    """Parts of buckets from which they may name data and adapters. Default: none."""
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = Field(default_factory=StorageSettings)
     subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)
@@ -506,9 +524,9 @@ class Settings(Section):
         return {name: ("", hook) for name, hook in self.webhooks.items()} | of_teams
 
     def of_team(self, team: str) -> Settings:
-        """The settings as they are for a team's submissions: with the folders that it may read."""
-        roots = self.teams[team].data_roots if team in self.teams else None
-        return self if roots is None else self.model_copy(update={"data_roots": roots})
+        """The settings as they are for a team's submissions: with the folders and buckets that it may read."""
+        own = {name: getattr(self.teams[team], name) for name in ("data_roots", "data_buckets") if team in self.teams}
+        return self.model_copy(update={name: places for name, places in own.items() if places is not None})
 
     def base(self, name: str | None = None) -> BaseModelSettings:
         """A base model by its name; the only one, where no name is given.

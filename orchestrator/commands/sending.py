@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.errors import InvalidInput, OnebasisError, TooManyRequests, Unavailable
+from configs.places import is_in_bucket
 from configs.task_spec import TaskSpec
 from configs.uploads import FILES_MAX, SentFile, UploadName, check_names, is_upload
 from orchestrator.api.client import REMOTE, Client
@@ -83,7 +84,7 @@ def with_its_files(client: Client, task: TaskSpec, their_files: bool, as_json: b
     names: dict[tuple[str, str], str] = {}
     for (section, key), folder in PLACES.items():
         place = getattr(getattr(task, section), key)
-        if not place or is_upload(place):
+        if not place or is_upload(place) or is_in_bucket(place):
             continue
         found = _files(Path(place), folder, f"{section}.{key}")
         names[section, key] = folder if Path(place).is_dir() else next(iter(found))

@@ -14,18 +14,19 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull
-from configs.places import OpenFile, OutsideError, is_below, open_below
+from configs.places import OpenFile, OutsideError, is_below, is_in_bucket, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
 from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
+from orchestrator.tasks.bucket_files import BucketFiles
 from orchestrator.tasks.doubtful_settings import doubtful_settings, few_rows
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import TaskRecord, TaskState, new_task_id
@@ -114,32 +115,42 @@ def _document(spec: TaskSpec) -> str:
 def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
     """Check everything about a submission without keeping anything.
 
-    No file outside `data_roots` and the team's own uploads is read, even if names are made to lead elsewhere meanwhile.
+    No file outside `data_roots`, `data_buckets` and the team's own uploads is read, even if names are made to lead
+    elsewhere meanwhile.
 
     Raises:
         InvalidInput: The team, the base model, a path, a row, the target modules or the adapter to
             import; names the key, file and row.
     """
-    sent = f"{team_folder(settings, spec.team).sets}/"
+    buckets = BucketFiles(settings.of_team(spec.team), team_folder(settings, spec.team))
+    # A file is told by the name that whoever sent or named it can know.
+    names = {f"{team_folder(settings, spec.team).sets}/": UPLOAD}
     try:
-        draft = _checked(spec, settings, layout)
+        draft = _checked(spec, settings, layout, buckets)
     except OnebasisError as error:
-        if sent not in str(error):
+        facts = tuple(_told(fact, names | buckets.places) for fact in error.args)
+        if facts == error.args:
             raise
-        # A file is told by the name that whoever sent it can know.
-        facts = (fact.replace(sent, UPLOAD) if isinstance(fact, str) else fact for fact in error.args)
         raise type(error)(*facts) from None
-    return replace(draft, warnings=tuple(warning.replace(sent, UPLOAD) for warning in draft.warnings))
+    finally:
+        buckets.close()
+    return replace(draft, warnings=tuple(_told(warning, names | buckets.places) for warning in draft.warnings))
 
 
-def _checked(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> Draft:
+def _told(fact: Any, names: Mapping[str, str]) -> Any:
+    for path, name in names.items():
+        fact = fact.replace(path, name) if isinstance(fact, str) else fact
+    return fact
+
+
+def _checked(spec: TaskSpec, settings: Settings, layout: BaseLayout, buckets: BucketFiles) -> Draft:
     from workers.compatibility import check_lengths, check_template, chosen_modules
 
     if spec.team not in settings.teams:
         raise InvalidInput(
             f"there is no team '{spec.team}'", "team", f"teams of this service: {', '.join(sorted(settings.teams))}"
         )
-    settings, may_read = settings.of_team(spec.team), Readable.of(settings, spec.team)
+    settings, may_read = settings.of_team(spec.team), Readable.of(settings, spec.team, buckets)
     base_model_of(spec, settings)
     pool = chosen_pool(pools_of(settings.pools, spec.base_model), spec.pool, spec.resources)
     ranks = settings.pools[pool].ranks
@@ -185,7 +196,7 @@ def _imported(
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
-    folder, head = may_read.real(spec.method.adapter or "", "method.adapter"), layout.heads[spec.kind]
+    folder, head = may_read.real(spec.method.adapter or "", "method.adapter", READ_FILES), layout.heads[spec.kind]
     for name in READ_FILES:  # each may be a link to somewhere else
         may_read.file(str(folder / name), "method.adapter")
     base = base_model_of(spec, settings)
@@ -499,18 +510,26 @@ class Readable:
     closed: tuple[Path, ...]
     """The state folder, where the owner's token is, and in it all teams' uploads: nobody names a file there by its
     path, unless a root of its own lies in it."""
+    buckets: BucketFiles
+    """What is brought from buckets."""
 
     @classmethod
-    def of(cls, settings: Settings, team: str) -> Readable:
+    def of(cls, settings: Settings, team: str, buckets: BucketFiles | None = None) -> Readable:
         """What the settings let a team read."""
         folder = team_folder(settings, team)
+        buckets = buckets or BucketFiles(settings.of_team(team), folder)
         uploads = folder.path.parent
-        return cls(settings.of_team(team).data_roots, folder, (uploads.parent, uploads))
+        return cls(settings.of_team(team).data_roots, folder, (uploads.parent, uploads), buckets)
+
+    @property
+    def brought(self) -> tuple[Path, ...]:
+        """Folders of what was sent, or brought from a bucket."""
+        return self.uploads.sets, *map(Path, self.buckets.places)
 
     def opener(self, key: str) -> OpenFile:
         """A function that opens a task's files. A name that was found to lie below an allowed folder may be made to
         lead elsewhere before it is opened, so the opened file is checked again."""
-        roots = [*map(Path, self.roots), self.uploads.sets]
+        roots = [*map(Path, self.roots), self.uploads.sets, self.buckets.folder]
 
         def open_allowed(path: Path) -> BinaryIO:
             try:
@@ -521,16 +540,18 @@ class Readable:
 
         return open_allowed
 
-    def real(self, place: str, key: str) -> Path:
-        """The real path of a place, links resolved, if it may be read."""
+    def real(self, place: str, key: str, only: Sequence[str] = ()) -> Path:
+        """The real path of a place, links resolved, if it may be read. only: As for `BucketFiles.find`."""
         if is_upload(place):
             return self.uploads.find(upload_named(place, key), key)
+        if is_in_bucket(place):
+            return self.buckets.find(place, key, only)
         try:
             real = Path(place).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name with a zero byte
             raise InvalidInput(f"{place!r} is no path: {error}", key, "correct the path") from error
         # Of what was found in an upload, a file is asked for by its path.
-        if not is_below(real, (*map(Path, self.roots), self.uploads.sets), self.closed):
+        if not is_below(real, (*map(Path, self.roots), *self.brought), self.closed):
             own = self.closed[0]
             if real.is_relative_to(own) and is_below(real, map(Path, self.roots)):
                 what = f"{place} is outside the folders that this service reads: {own} is its own"

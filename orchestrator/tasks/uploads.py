@@ -4,6 +4,7 @@
 STATE_DIR/uploads/TEAM/parts/SHA256.BYTES   what has come of a file, in order from its first byte
                       /whole/SHA256         a file that is as its digest says
                       /sets/ID/NAME         an upload: its files by their names, links to the whole ones
+                      /brought/CHECK/N/NAME a file in a bucket, while a submission that names it is checked
 ```
 
 On the control plane's disk and not on the object storage: admission reads rows with libraries that need a file, and
@@ -73,6 +74,10 @@ class TeamFolder:
     def sets(self) -> Path:
         return self.path / "sets"
 
+    @property
+    def brought(self) -> Path:
+        return self.path / "brought"
+
     def find(self, name: UploadName, key: str) -> Path:
         """Where a file, or a folder, of an upload lies. Counts as a use of it.
 
@@ -98,7 +103,7 @@ class TeamFolder:
         return found
 
     def make(self) -> None:
-        for folder in (self.path.parent, self.path, self.parts, self.whole, self.sets):
+        for folder in (self.path.parent, self.path, self.parts, self.whole, self.sets, self.brought):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def bytes_held(self) -> int:
@@ -242,6 +247,9 @@ class Uploads:
                 with contextlib.suppress(OSError):
                     if path.stat().st_nlink == 1 and _changed_at(path) < before:
                         path.unlink()
+        for name in _names(folder.brought):  # of a check that was killed
+            if _changed_at(folder.brought / name) < before:
+                shutil.rmtree(folder.brought / name, ignore_errors=True)
         for name in _names(folder.parts):
             with self._locks[int(name[:8], 16) % LOCKS]:
                 if _changed_at(folder.parts / name) < before:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 from botocore.config import Config
@@ -200,6 +200,30 @@ class S3Storage:
             pages = self._client().get_paginator("list_parts").paginate(**where)
             times += [part["LastModified"] for page in pages for part in page.get("Parts", [])]
         return time.time() - max(float(at.timestamp()) for at in times)
+
+    def download(self, key: str, file: BinaryIO, bytes_max: int) -> bool:
+        """Write one state of an object to an empty file, however large it is, in pieces as they come.
+
+        Returns:
+            False where it has more bytes than that; then nothing is written.
+
+        Raises:
+            NotFound, Unavailable: There is no such object; the server is away.
+        """
+        with self._refusals(key):
+            for _ in range(CUT_TRIES):
+                answer = self._client().get_object(Bucket=self.bucket, Key=self._name(key))
+                if (size := answer["ContentLength"]) > bytes_max:
+                    answer["Body"].close()
+                    return False
+                file.seek(0)
+                file.truncate()
+                with contextlib.suppress(BotoCoreError):
+                    for piece in answer["Body"].iter_chunks(PART):
+                        file.write(piece)
+                    if file.tell() == size:
+                        return True
+        raise Unavailable(f"the answer was cut {CUT_TRIES} times", self._address(key), "try again")
 
     def _fetch(self, key: str, start: int, size: int | None) -> bytes | bytearray:
         """Part of an object: by one request if it is small, else by several at once that all see the same object."""

@@ -23,7 +23,13 @@ from subspace_store.commands import terminal
 from tests.builders import SHA256
 
 NAMES_A_PLACE = re.compile(r"(^|_)(dirs?|paths?|files?|folders?|roots?|urls?|uri|source|location|adapter)$")
-NO_PLACE = {("storage", "endpoint_url"), ("webhooks", "url"), ("http", "url")}
+NO_PLACE = {
+    ("storage", "endpoint_url"),
+    ("data_buckets", "endpoint_url"),
+    ("data_buckets", "url"),
+    ("webhooks", "url"),
+    ("http", "url"),
+}
 """Of servers, always."""
 
 
@@ -171,8 +177,8 @@ def test_the_home_of_nobody_is_named_with_what_to_write_instead() -> None:
         absolute("~nobody-of-this-name/x", Path("/"))
 
 
-@pytest.mark.parametrize("url", ["https://example.org/a.jsonl", "s3://bucket/a.jsonl", "hf://datasets/imdb"])
+@pytest.mark.parametrize("url", ["https://example.org/a.jsonl", "gs://bucket/a.jsonl", "hf://datasets/imdb"])
 def test_a_url_is_no_path(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="is a URL, and only files and folders are read") as caught:
+    with pytest.raises(InvalidInput, match="is a URL, and only files, folders and s3:// are read") as caught:
         real(url, tmp_path)
     assert caught.value.where == url  # as it was written
