@@ -656,7 +656,7 @@ def test_an_adapter_at_a_url_is_refused_by_that_url(onebasis: Onebasis) -> None:
     result = onebasis("import", "https://hub/a", "--team", "red", "--name", "x", "--base-model", "tiny")
     assert result.exit_code == 2
     assert "https://hub/a" in result.output
-    assert "is a URL, and only files and folders are read" in result.output
+    assert "is a URL, and only files, folders and s3:// are read" in result.output
 
 
 @pytest.mark.changes
