@@ -24,9 +24,11 @@ RENDERED = DEPLOY / "kubernetes/onebasis.yaml"
 NAME = "onebasis"
 """Name of the release, and of the namespace, in the rendered file."""
 
-FREE = frozenset(
-    {"resources", "annotations", "labels", "nodeSelector", "tolerations", "env", "modelVolume", "volumes", "volumeMounts"}
-)
+FREE = frozenset({"resources", "annotations", "labels", "nodeSelector", "tolerations", "env"}) | {
+    "modelVolume",
+    "volumes",
+    "volumeMounts",
+}
 """Values that are Kubernetes' own, at any depth: the chart hands them on as they are."""
 OWN_SETTINGS = ("state_dir", "ray")
 """Settings that the chart writes itself."""
@@ -122,7 +124,8 @@ def schema_text() -> str:
     return json.dumps(schema(), indent=1, sort_keys=True) + "\n"
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write both anew."""
     SCHEMA.write_text(schema_text())
     RENDERED.write_text(head() + rendered(read_yaml(EXAMPLE).values))
     print(f"written: {SCHEMA.relative_to(ROOT)}, {RENDERED.relative_to(ROOT)}")

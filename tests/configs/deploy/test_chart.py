@@ -1,7 +1,7 @@
 """The Helm chart: its generated files are those of its sources, its settings are the service's, its parts fit together.
 
-No Helm is here: what it makes of the chart is kept as a file, with the digest of what it was made of. `make check-deploy`
-makes it anew with a real Helm and compares, and has Kubernetes' own schemas check it.
+No Helm is here: what it makes of the chart is kept as a file, with the digest of what it was made of. `make
+check-deploy` makes it anew with a real Helm and compares, and has Kubernetes' own schemas check it.
 """
 
 from __future__ import annotations

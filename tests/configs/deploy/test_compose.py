@@ -1,5 +1,5 @@
-"""compose.yaml is what the Compose specification allows; its commands and settings are the product's; its parts know each
-other by the right names."""
+"""compose.yaml is what the Compose specification allows; its commands and settings are the product's; its parts know
+each other by the right names."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_its_commands_are_those_of_the_programs() -> None:
     assert "--stay" in options
     (target,) = [one["target"] for one in SERVICES["onebasis"]["configs"]]
     assert options[options.index("--config") + 1] == target
-    started = {name: list(command_lines.of_program("ray", script(name))) for name in SERVICES if "command" in SERVICES[name]}
-    head, worker, joined = (command_lines.ray(started[name][0]) for name in ("ray-head", "ray-worker", "onebasis"))
+    of_ray = ("ray-head", "ray-worker", "onebasis")
+    head, worker, joined = (command_lines.ray(next(command_lines.of_program("ray", script(one)))) for one in of_ray)
     assert (head["head"], head["num_cpus"], head["block"]) == (True, 0, True)
     assert (worker["address"], worker["block"]) == (f"ray-head:{head['port']}", True)
     assert (joined["address"], joined["num_cpus"], joined["block"]) == (worker["address"], 0, False)

@@ -32,7 +32,8 @@ def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
 
 
 def test_what_is_copied_is_there_and_is_sent_to_the_build() -> None:
-    ignore = [line for line in (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] != "#"]
+    text = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text()
+    ignore = [line for line in text.splitlines() if not line.startswith("#")]
     sent = {line[1:] for line in ignore if line.startswith("!")}
     copied = [path for rest in of("COPY", "build") for path in rest.split()[:-1]]
     assert set(copied) == sent
@@ -41,8 +42,8 @@ def test_what_is_copied_is_there_and_is_sent_to_the_build() -> None:
     assert {name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
     assert {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]} <= set(copied)
     left_out = [line for line in ignore if not line.startswith("!") and line != "*"]
-    packaged = [path for path in (ROOT / "orchestrator/web/built").iterdir()]
-    assert not [path for path in packaged for line in left_out if fnmatch(str(path.relative_to(ROOT)), line)]
+    packaged = [path.relative_to(ROOT).as_posix() for path in (ROOT / "orchestrator/web/built").iterdir()]
+    assert not [path for path in packaged for line in left_out if fnmatch(path, line)]
 
 
 def test_what_is_installed_is_the_project_with_its_tested_versions() -> None:

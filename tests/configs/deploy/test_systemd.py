@@ -1,4 +1,4 @@
-"""The units: systemd knows every line of them, what they start is the program's, and a stop lets tasks write checkpoints.
+"""The units: their lines are systemd's, what they start is the program's, and a stop lets tasks write checkpoints.
 
 Whether systemd itself takes them, `make check-deploy` asks it.
 """
