@@ -14,6 +14,8 @@ from subspace_store.commands.app import app as store_app
 
 _ENDS = frozenset({"|", ">", "&&", ";", "2>&1"})
 """Words after which a shell's line is no longer about the same program."""
+_NAMED = frozenset({"-n", "-g", "-o", "--namespace", "--name"})
+"""Options of other programs whose value may be called as the program is."""
 
 
 def parse(arguments: list[str]) -> None:
@@ -37,7 +39,7 @@ def of_program(program: str, text: str) -> Iterator[list[str]]:
             if word.rpartition("/")[2] == program and re.fullmatch(r"[a-z][a-z-]*", words[at + 1]):
                 rest = words[at + 1 :]
                 end = next((n for n, other in enumerate(rest) if other in _ENDS), len(rest))
-                if rest[0] != program and (at == 0 or words[at - 1] != "USER"):
+                if rest[0] != program and (at == 0 or words[at - 1] not in _NAMED):
                     yield rest[:end]
 
 
