@@ -55,6 +55,7 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
     assert "make test-s3" in told
     assert "make test-kills" in told
     assert "make test-web" in told
+    assert "make check-deploy" in told
     # Every other test has its turn: by marker, those of the other pytest lines are the rest.
     markers = ["not acceptance and not s3 and not browser", "acceptance and not stops", "s3 tests"]
     assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == markers
