@@ -53,7 +53,7 @@ def test_it_starts_and_reloads_what_the_program_has() -> None:
     (up, *options), (reload, *_) = command_lines.onebasis(text)
     assert (up, "--stay" in options, reload) == ("up", True, "reload")
     environment = dict(part.split("=", 1) for part in shlex.split(found["Environment"][0]))
-    assert environment["ONEBASIS_STATE_DIR"] == f"/var/lib/{found['StateDirectory'][0]}"
+    assert environment["ONEBASIS_STATE_DIR"] == f"/var/lib/{found['StateDirectory'][0]}/state"
     assert environment["HF_HOME"].startswith(f"/var/cache/{found['CacheDirectory'][0]}/")
     template = (DEPLOY.parent / "cluster.yaml").read_text()
     assert f"state_dir: {environment['ONEBASIS_STATE_DIR']}\n" in template
