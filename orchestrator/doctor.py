@@ -408,7 +408,10 @@ def ray_and_gpus(settings: Settings, state_dir: Path) -> Findings:
         seen = _probed(address, token)
     if "error" in seen:
         what = f"cannot be {'joined' if address else 'started'}: {seen['error']}"
-        todo = "start its head; Python and Ray have to be of the same versions there and here" if address else (
+        todo = (
+            f"start its head, and here `ray start --address={address} --num-cpus=0`; Python and Ray have to be of the "
+            "same versions there and here"
+        ) if address else (
             f"look into {state_dir / 'logs/ray.log'} and the newest folder below {tempfile.gettempdir()}/ray"
         )  # fmt: skip
         yield Finding("Ray", Verdict.FAILED, what, todo)

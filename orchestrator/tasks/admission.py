@@ -556,10 +556,11 @@ class Readable:
             if real.is_relative_to(own) and is_below(real, map(Path, self.roots)):
                 what = f"{place} is outside the folders that this service reads: {own} is its own"
                 raise InvalidInput(what, key, "put it anywhere beside that folder")
+            there = f"put it below one of: {', '.join(self.roots)}" if self.roots else "send it with `onebasis login`"
             raise InvalidInput(
                 f"{place} is outside the folders that this service reads",
                 key,
-                f"put it below one of: {', '.join(self.roots)}; or add its folder to `data_roots:` in a settings"
+                f"{there}; or add its folder to `data_roots:` in a settings"
                 " file, then `onebasis down` and `onebasis up --config FILE`",
             )
         return real

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.main import get_command
 
 from configs.document import check_document
 from configs.settings import Settings, read_settings
 from configs.task_spec import TaskSpec, read_task_spec
 from orchestrator.commands import display, version_tables
 from orchestrator.commands.cli import app
-from subspace_store.commands.app import app as store_app
+from tests.docs.command_lines import parse
 from tests.docs.pages import BOOK, DOCS, NOT_RUN, README, ROOT, Block, anchors, blocks, links, tracked
 
 PAGES = (README, *DOCS)
@@ -56,6 +55,7 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
     assert "make test-s3" in told
     assert "make test-kills" in told
     assert "make test-web" in told
+    assert "make check-deploy" in told
     # Every other test has its turn: by marker, those of the other pytest lines are the rest.
     markers = ["not acceptance and not s3 and not browser", "acceptance and not stops", "s3 tests"]
     assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == markers
@@ -75,15 +75,6 @@ def test_every_command_on_a_page_is_one_with_the_options_that_it_has(block: Bloc
             parse(arguments)
         else:
             assert program in OTHER_PROGRAMS, command
-
-
-def parse(arguments: list[str]) -> None:
-    """Raises what click raises of a command line that the program would refuse."""
-    group: Any = get_command(store_app if arguments[0] == "store" else app)
-    name, *rest = arguments[1:] if arguments[0] == "store" else arguments
-    command = group.commands.get(name)
-    assert command is not None, f"no command {name}"
-    command.make_context(name, rest)
 
 
 def test_a_page_that_names_a_command_that_is_not_there_would_be_found() -> None:

@@ -512,6 +512,11 @@ def test_a_team_with_folders_of_its_own_reads_no_other_teams(desk: Desk) -> None
     assert desk.submit(desk.document("blue/any", data=files["red"]))[1]  # it has none of its own
 
 
+def test_where_no_folder_is_read_files_are_to_be_sent(desk: Desk) -> None:
+    desk.settings = settings(desk.data.parent, data_roots=[])
+    assert "\n  → send it with `onebasis login`; or add its folder to `data_roots:`" in desk.refuse(desk.document())
+
+
 def test_a_file_outside_the_allowed_folders_is_refused(desk: Desk, tmp_path: Path) -> None:
     outside = write_rows(tmp_path / "secret.jsonl", rows(4))
     for path in (str(outside), str(desk.data / "../secret.jsonl")):
