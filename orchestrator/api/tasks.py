@@ -18,7 +18,7 @@ from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.feed import Interest
-from orchestrator.api.lengths import Lengths, in_line, least_seconds, with_later
+from orchestrator.api.lengths import Lengths, due_in, in_line, least_seconds, with_later
 from orchestrator.api.requests import Json
 from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
@@ -440,7 +440,9 @@ class Tasks:
         pools = {record.pool for record in waiting}
         line = [task for pool in pools for task in [one for one in tasks if one.pool == pool][:DEPTH_MAX]]
         line = with_later(self._lengths.with_rows(line), later)
-        kept = kept_from_borrowing(line, running, controller.shares, time.time()) | leads
+        now = time.time()
+        kept = {record.task_id: seconds for record in blocked if (seconds := due_in(record, now))}
+        expected = kept_from_borrowing(line, running, controller.shares, now) | leads
         found = self._estimates.tell(
             line,
             running,
@@ -449,6 +451,7 @@ class Tasks:
             [record.task_id for record in waiting],
             remembered=extra is None,
             kept=kept,
+            expected=expected,
         )
         return replace(found, places=places_in(tasks), leads=leads)
 

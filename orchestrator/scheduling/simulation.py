@@ -404,17 +404,17 @@ class _World:
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
         order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
-        kept = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
+        expected = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
         for task in asking:
             name = task.arrival.pool
             pace = pace_of(self._ended[name][-PACE_TASKS:])
             ahead = (by_id[task_id] for task_id in order[: order.index(task.name) + 1])
             line = [one for one in ahead if one.pool == name]
             there = [one for one in running if one.pool == name]
-            known, asked, coming = [*self._told, *self._late()], (task.name,), self._loading(name)
+            known, asked, coming = [*self._told, *self._waiting()], (task.name,), self._loading(name)
             free = self._pool(name).free
             told = estimate.estimate_starts(
-                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, kept=kept
+                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, expected=expected
             ).get(task.name)
             if told is not None:
                 self._asked[task.number] = told
@@ -427,9 +427,10 @@ class _World:
         seconds += [self.load_seconds] * (settings.max - len(workers))
         return [one for one in seconds for _ in range(settings.ranks)]
 
-    def _late(self) -> list[Told]:
-        waited = ((told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items())
-        return [one for told, seconds in waited if (one := estimate.late(told, seconds)) is not None]
+    def _waiting(self) -> list[Told]:
+        return [
+            estimate.waiting(told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items()
+        ]
 
 
 # --- what it shows -----------------------------------------------------------------------------------------------
