@@ -78,7 +78,7 @@ class Running:
     stops: bool = False
     """Whether it was told to stop: its places come back with its next checkpoint."""
     was_preempted: bool = False
-    """Whether the attempt before this one had to give its places back: this one is left alone."""
+    """Whether the attempt before this one had to give its places back: this one is left alone for a while."""
     seconds_max: float | None = None
     """Longest that it may run; None: not known. This and what follows is for estimates alone."""
     rows: float = 0.0

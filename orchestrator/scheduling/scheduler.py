@@ -5,11 +5,12 @@ Pure: no SQL, no Ray, no clock. The loop carries a decision out (controller.py),
 
 In the order of their turns (fair_share.py) tasks start while places are free. One that does not fit may
 * have places given back by teams that are beyond their quotas, if its own team is within its own: their newest
-  attempts write a checkpoint and wait again. Never one that ends within a minute, and never the same task in two
-  attempts running, so that each gets on. The places are promised to the task that they were taken for. A task that gave
-  its places back does not borrow for an hour, and what is behind it in its team's line does not borrow before it, for
-  priority and age count inside a team; within its quota it starts at once. A team that reclaims is within its quota
-  and one that gives back is beyond it, so no two can take turns.
+  attempts write a checkpoint and wait again. Never one that ends within a minute, and never one that follows such a
+  stop and has not run for ten minutes, so that each gets on; of the others first those that follow none. The places
+  are promised to the task that they were taken for. A task that gave its places back borrows again when nobody within
+  a quota wants them, two minutes later at the earliest, and what is behind it in its team's line does not borrow
+  before it, for priority and age count inside a team; within its quota it starts at once. A team that reclaims is
+  within its quota and one that gives back is beyond it, so no two can take turns.
 * or, where some places are free but too few, have them reserved: until it has started, only tasks start that end
   before it could, or that it leaves room for. The first in turn that does not fit gets the reservation, and it alone
   keeps it, so that no stream of small tasks starves a large one.
@@ -26,10 +27,12 @@ from orchestrator.scheduling.reasons import Wait, WaitCode
 
 SOON_SECONDS = 60.0
 """A task that ends this soon is waited for: a checkpoint and a new start cost about as much."""
-PATIENCE_SECONDS = 3600.0
-"""Time for which a task that gave its places back does not borrow again: its next attempt is left alone, so it would
-keep for its whole length what others may want back. That its team's younger tasks wait with it costs at most 1.2 % more
-time until tasks end, in simulations of three loads in which each of six teams has one of six places."""
+PATIENCE_SECONDS = 120.0
+"""Time for which a task that gave its places back does not borrow again, so that a team that comes with one short task
+after another finds them free. No place that a borrower waits for is idle for longer."""
+SPARED_SECONDS = 600.0
+"""Time for which an attempt is left alone that follows one which gave its places back: ten times what a checkpoint and
+a new start cost. Whoever wants the places back waits no longer than that and a checkpoint."""
 LOOK = 3
 """Tasks of each team that are looked at beyond as many as could start."""
 
@@ -115,11 +118,8 @@ class Decision:
     """Pool to the task that its places are reserved for."""
     promised: tuple[str, ...] = ()
     """Tasks for which others were told to stop, and which do not start yet."""
-
-    @property
-    def again_at(self) -> float | None:
-        """Unix time at which to decide anew though nothing has happened; None: there is none."""
-        return min((wait.until for wait in self.waits.values() if wait.until is not None), default=None)
+    again_at: float | None = None
+    """Unix time at which to decide anew though nothing has happened; None: there is none."""
 
     def wait_of(self, task_id: str, pool: str, team: str) -> Wait | None:
         """Why a task in line waits; None where its team had none in its pool's line when this was decided."""
@@ -204,6 +204,8 @@ class _Round:
         self._waits: dict[str, Wait] = {}
         self._reserved: dict[str, str] = {}
         self._promised: list[str] = []
+        self._again_at: list[float] = []
+        """Times at which to decide anew."""
         self._gave_back: dict[tuple[str, str], tuple[float, str]] = {}
         """Pool and team to when its foremost task that gave its places back may borrow again, and that task."""
 
@@ -225,6 +227,7 @@ class _Round:
             self._behind(),
             self._reserved,
             tuple(self._promised),
+            min(self._again_at, default=None),
         )
 
     def _kept(self) -> list[Waiting]:
@@ -311,19 +314,25 @@ class _Round:
         for order in self._situation.running:  # in other pools too: a quota is of all places
             if order.team in excess and (order.stops or order.task_id in told):
                 excess[order.team] -= order.ranks
-        can = [order for order in room.running if _may_be_preempted(order) and order.task_id not in told]
+        can = [order for order in room.running if self._may_be_preempted(order) and order.task_id not in told]
         chosen: list[Running] = []
         while lacks > 0:
             of_excess = [order for order in can if excess[order.team] > 0 and order.team != task.team]
             if not of_excess:
+                spared = (_spared_until(order) for order in room.running if excess[order.team] > 0)
+                self._again_at += [until for until in spared if until > self._situation.now]
                 return ()
             # The team that is furthest beyond its quota, and of its attempts the one that began last.
-            newest = max(of_excess, key=lambda order: (excess[order.team], order.team, order.since, order.task_id))
+            newest = max(of_excess, key=lambda order: (excess[order.team], order.team, *_newest(order)))
             chosen.append(newest)
             can.remove(newest)
             excess[newest.team] -= newest.ranks
             lacks -= newest.ranks
         return tuple(chosen)
+
+    def _may_be_preempted(self, order: Running) -> bool:
+        is_spared = _spared_until(order) > self._situation.now
+        return bool(order.task_id) and not (order.stops or is_spared or _ends_soon(order))
 
     def _wait(
         self,
@@ -337,6 +346,7 @@ class _Round:
         before = self._situation.waits.get(task.task_id)
         if since is None:
             since = before.since if before is not None and before.code is code else self._situation.now
+        self._again_at += [] if until is None else [until]
         self._waits[task.task_id] = Wait(code=code, pool=task.pool, about=about, since=since, until=until)
 
 
@@ -376,5 +386,11 @@ def _ends_soon(order: Running) -> bool:
     return order.seconds_left is not None and order.seconds_left <= SOON_SECONDS
 
 
-def _may_be_preempted(order: Running) -> bool:
-    return bool(order.task_id) and not (order.stops or order.was_preempted or _ends_soon(order))
+def _spared_until(order: Running) -> float:
+    """Unix time until which an attempt is left alone."""
+    return order.since + SPARED_SECONDS if order.was_preempted else -math.inf
+
+
+def _newest(order: Running) -> tuple[bool, float, str]:
+    """What attempts are compared by: of two the larger one gives back first."""
+    return not order.was_preempted, order.since, order.task_id

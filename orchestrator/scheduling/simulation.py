@@ -22,7 +22,7 @@ from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.estimate import Estimate, Told, pace_of
 from orchestrator.scheduling.fair_share import DecayedSum, Running, Share, Use, Waiting, running_order
 from orchestrator.scheduling.pools import Seat, ends_at, resized
-from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
+from orchestrator.scheduling.scheduler import LOOK, SPARED_SECONDS, Decision, Pool, Situation, decide
 
 LOAD_SECONDS = 60.0
 """Time from asking for a worker until its base model is loaded, where a machine is there, unless another is given: a
@@ -45,7 +45,8 @@ class Course:
     ended_at: float | None = None
     preemptions: int = 0
     preempted_in_a_row: int = 0
-    """Most of its attempts, one after another, that had to give their places back."""
+    """Most of its attempts, one after another, that had to give their places back, each before it had run for as long
+    as one is left alone that follows such an attempt."""
     told: Estimate | None = None
     """Estimate at its arrival."""
     queued_at: tuple[float, ...] = ()
@@ -253,7 +254,7 @@ class _World:
         task.left -= ran
         course = self._courses[task.number]
         if task.stops and task.left > 0:
-            task.preempted_at, task.in_a_row = self.now, task.in_a_row + 1
+            task.preempted_at, task.in_a_row = self.now, task.in_a_row + 1 if ran < SPARED_SECONDS else 1
             self._courses[task.number] = replace(
                 course,
                 preemptions=course.preemptions + 1,
@@ -302,8 +303,6 @@ class _World:
         at = bisect.bisect_left(line, (-task.arrival.priority, task.arrival.at_seconds, task.number))
         del line[at]
         task.since, task.attempt = self.now, task.attempt + 1
-        if task.preempted_at is None:
-            task.in_a_row = 0
         self._running[task.name] = task
         self._has[task.name] = self._given(task)
         self._later(task, self.now + task.left)
@@ -463,6 +462,7 @@ def report(simulation: Simulation) -> dict[str, Any]:
     `jain` is about the place-seconds that each team used until the last arrival, over its weight, None where there was
     nothing to share: one team alone, or nobody waited; `utilisation` is about the same time. `give_back_seconds_max` is
     the longest time from the word to a borrower to the start of a task of the team that the places are for;
+    `preempted_in_a_row_max` is 1 at the most: see `Course.preempted_in_a_row`;
     `start_in_stated_interval` is the share of starts that fell into the interval that was told at arrival, for
     `TOLD_MAX` arrivals.
     """
@@ -481,6 +481,7 @@ def report(simulation: Simulation) -> dict[str, Any]:
         "load_seconds": simulation.load_seconds,
         "checkpoint_seconds": CHECKPOINT_SECONDS,
         "preemptions": sum(course.preemptions for course in courses),
+        "preemptions_of_one_task_max": max((course.preemptions for course in courses), default=0),
         "preempted_in_a_row_max": max((course.preempted_in_a_row for course in courses), default=0),
         "give_back_seconds_max": max(simulation.give_back_seconds, default=None),
         "start_in_stated_interval": inside(courses),

@@ -15,6 +15,7 @@ from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import (
     PATIENCE_SECONDS,
     SOON_SECONDS,
+    SPARED_SECONDS,
     Decision,
     Pool,
     Situation,
@@ -183,14 +184,37 @@ def test_without_a_quota_nobody_gives_anything_back() -> None:
 
 @pytest.mark.parametrize(
     "spared",
-    [{"seconds_left": SOON_SECONDS}, {"was_preempted": True}, {"task_id": ""}],
-    ids=["it ends within a minute", "it gave its place back the last time", "a version waits for it"],
+    [
+        {"seconds_left": SOON_SECONDS},
+        {"was_preempted": True, "since": NOW - SPARED_SECONDS + 1},
+        {"was_preempted": True},
+        {"task_id": ""},
+    ],
+    ids=[
+        "it ends within a minute",
+        "it gave its place back ten minutes ago",
+        "it gave its place back the last time, and another did not",
+        "a version waits for it",
+    ],
 )
 def test_some_are_left_alone(spared: dict[str, Any]) -> None:
     running = [*BORROWED[:2], replace(BORROWED[2], **spared), BORROWED[3]]
     decision = decided([waits("blue/a")], running, quotas=QUOTAS)
     # What ends within a minute is waited for; else the next one gives back.
     assert preempted(decision) == ([] if "seconds_left" in spared else ["red/mid"])
+
+
+def test_what_gave_its_place_back_is_left_alone_for_ten_minutes_and_no_longer() -> None:
+    again = runs("red/again", NOW - 100.0, was_preempted=True)
+    tasks, running = [waits("blue/a")], [runs("red/x"), again]
+    spared = decided(tasks, running, capacity=2, quotas={"red": 1, "blue": 2})
+    assert preempted(spared) == ["red/x"]  # it began before the other, which is left alone
+    alone = [replace(running[0], was_preempted=True, since=NOW - 50.0), again]
+    waits_for_it = decided(tasks, alone, capacity=2, quotas={"red": 1, "blue": 2})
+    assert preempted(waits_for_it) == []
+    assert waits_for_it.again_at == NOW - 100.0 + SPARED_SECONDS
+    then = decided(tasks, alone, capacity=2, quotas={"red": 1, "blue": 2}, now=waits_for_it.again_at)
+    assert preempted(then) == ["red/again"]
 
 
 def test_whoever_was_told_to_stop_is_not_told_twice_and_its_place_is_promised_once() -> None:
@@ -236,7 +260,7 @@ def test_the_team_furthest_beyond_its_quota_gives_back_first() -> None:
     assert preempted(decided(tasks, running, capacity=5, quotas=quotas)) == ["red/3", "red/2", "green/2"]
 
 
-def test_what_gave_back_does_not_borrow_for_an_hour_and_nothing_of_its_team_borrows_before_it() -> None:
+def test_what_gave_back_does_not_borrow_for_two_minutes_and_nothing_of_its_team_borrows_before_it() -> None:
     tasks = [waits("red/again", 1, preempted_at=NOW), waits("red/fresh", 2)]
     quotas, running = {"red": 1}, [runs("red/x")]
     decision = decided(tasks, running, capacity=2, quotas=quotas)
@@ -335,7 +359,7 @@ def situations(draw: st.DrawFn) -> Situation:
             running.append(
                 runs(
                     f"{draw(st.sampled_from(teams))}/r{number}",
-                    float(draw(st.integers(0, 9000))),
+                    float(draw(st.integers(0, 10_000))),
                     ranks=ranks,
                     seconds_left=draw(st.none() | st.integers(0, 500)),
                     stops=draw(st.booleans()),
@@ -378,7 +402,8 @@ def test_whatever_is_handed_in_the_promises_hold(situation: Situation) -> None:
         held[order.team] = held.get(order.team, 0) + order.ranks
     for one in decision.preemptions:
         order, quota = attempts[one.task_id], situation.shares[one.team].places
-        assert (order.stops, order.was_preempted) == (False, False)
+        assert not order.stops
+        assert not order.was_preempted or NOW - order.since >= SPARED_SECONDS
         assert order.seconds_left is None or order.seconds_left > SOON_SECONDS
         mine = sum(by_id[task_id].ranks for task_id in started(decision) if by_id[task_id].team == one.team)
         assert quota is not None

@@ -3,6 +3,7 @@ equally, what is borrowed comes back, and estimates hold."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from configs.settings import PoolSettings
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.fair_share import Share
-from orchestrator.scheduling.scheduler import SOON_SECONDS
+from orchestrator.scheduling.scheduler import PATIENCE_SECONDS, SOON_SECONDS, SPARED_SECONDS
 from orchestrator.scheduling.simulation import (
     CHECKPOINT_SECONDS,
     LOAD_SECONDS,
@@ -131,8 +132,49 @@ def test_a_borrower_gives_back_within_one_checkpoint() -> None:
     assert found["give_back_seconds_max"] == pytest.approx(CHECKPOINT_SECONDS)
 
 
-def test_nothing_is_preempted_twice_in_a_row() -> None:
+def test_nothing_is_preempted_again_before_it_has_run_for_ten_minutes() -> None:
     assert report(borrowed())["preempted_in_a_row_max"] == 1
+    for simulation in (borrowed(), short_ones_come_and_go()):
+        for course in simulation.courses:
+            attempts = list(zip(course.begun_at, (*course.queued_at[1:], course.ended_at or math.inf), strict=True))
+            assert all(left - begun >= SPARED_SECONDS for begun, left in attempts[1:-1])
+            assert course.preemptions <= 1 + course.arrival.seconds / SPARED_SECONDS
+
+
+@cache
+def short_ones_come_and_go() -> Simulation:
+    """A team with two of eight places has eight long tasks; another, with six, comes with six short ones, again and
+    again."""
+    long = [Arrival(at_seconds=0.0, team="long", seconds=8 * 3600.0) for _ in range(8)]
+    short = [Arrival(at_seconds=300.0 * n, team="short", seconds=70.0) for n in range(1, 30) for _ in range(6)]
+    return simulate([*long, *short], {"long": Share(places=2), "short": Share(places=6)}, fixed(8))
+
+
+@pytest.mark.parametrize("run", [borrowed, short_ones_come_and_go])
+def test_no_place_that_a_task_waits_for_is_idle_for_longer_than_it_may_not_borrow(run: object) -> None:
+    simulation: Simulation = run()  # type: ignore[operator]
+    steps: list[tuple[float, int, int]] = []
+    for course in simulation.courses:
+        for queued, begun in zip(course.queued_at, course.begun_at, strict=True):
+            steps += [(queued, 0, 1), (begun, 1, -1)]
+        for left in (*course.queued_at[1:], course.ended_at or math.inf):
+            steps.append((left, -1, 0))
+    running = waiting = 0
+    idle_since, longest = math.inf, 0.0
+    for at, group in itertools.groupby(sorted(steps), key=lambda step: step[0]):
+        for _, run_more, wait_more in group:
+            running, waiting = running + run_more, waiting + wait_more
+        longest = max(longest, at - idle_since)
+        is_idle = waiting > 0 and running < sum(pool.max for pool in simulation.pools.values())
+        idle_since = min(idle_since, at) if is_idle else math.inf
+    assert 0 < longest <= PATIENCE_SECONDS + 1e-6
+
+
+def test_who_is_within_its_quota_waits_at_most_until_what_gave_back_before_has_run_for_ten_minutes() -> None:
+    simulation = short_ones_come_and_go()
+    assert longest_wait(simulation, "short") <= SPARED_SECONDS + CHECKPOINT_SECONDS + 1e-6
+    assert report(simulation)["give_back_seconds_max"] == pytest.approx(CHECKPOINT_SECONDS)
+    assert report(simulation)["utilisation"] > 0.8
 
 
 def test_no_younger_task_of_its_team_starts_before_one_that_gave_its_places_back_has_them_again() -> None:
@@ -188,7 +230,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
     for course in simulation.courses:
         assert course.ended_at is not None
         assert course.preempted_in_a_row <= 1
-        assert course.preemptions <= 1 + course.arrival.seconds / CHECKPOINT_SECONDS
+        assert course.preemptions <= 1 + course.arrival.seconds / SPARED_SECONDS
 
 
 def test_the_same_arrivals_have_the_same_course() -> None:
