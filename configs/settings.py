@@ -173,6 +173,9 @@ class RaySettings(Section):
     """`local`: start a cluster on this machine; else HOST:PORT of a running cluster's head."""
     auth_token_path: Annotated[str | None, Located(places.absolute)] = None
     """Token file of a running cluster. A local cluster gets a token of its own."""
+    adds_machines: bool = False
+    """Whether an autoscaler adds machines while workers wait for room. Else pools that share machines make room for
+    each other: what a task that is next needs is reserved for it."""
 
 
 class AddressSettings(Section):

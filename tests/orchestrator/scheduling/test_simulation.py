@@ -46,10 +46,15 @@ def overloaded() -> Simulation:
     return simulate(weeks(2, hours=5.0), {}, fixed(6))
 
 
+SIZES = {1: "single", 2: "pair", 8: "eight"}
+
+
 @cache
 def mixed() -> Simulation:
-    """Tasks of one, two and eight places in a pool of eight."""
-    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, fixed(8))
+    """Tasks of one, two and eight places in pools that share a machine which has room for eight."""
+    found = [replace(one, pool=SIZES[one.ranks]) for one in weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8))]
+    pools = {name: PoolSettings(max=8 // ranks, ranks=ranks) for ranks, name in SIZES.items()}
+    return simulate(found, {}, pools, machines=[{"CPU": 8.0}])
 
 
 QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
@@ -112,13 +117,35 @@ def test_a_team_of_twice_the_weight_gets_twice_as_much_while_there_is_too_little
 
 
 def test_a_large_task_is_not_starved_by_a_stream_of_small_ones() -> None:
-    # Small tasks of an hour that come every six minutes: more than four places can do. One of four places waits.
-    small = [Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0) for n in range(400)]
-    large = Arrival(at_seconds=50_000.0, team="large", seconds=600.0, ranks=4)
-    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, fixed(4))
-    # Its team has used nothing: it is the next in turn, and the longest of what runs is an hour.
-    assert longest_wait(simulation, "large") <= 3600.0 + 1e-6
-    assert longest_wait(mixed()) < 2 * 86400
+    # Small tasks of an hour that come every six minutes: more than four CPUs can do, for weeks on end. A gang of four.
+    small = [
+        Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0, pool="single", max_run_seconds=5000.0)
+        for n in range(1000)
+    ]
+    large = [
+        Arrival(at_seconds=at, team="large", seconds=600.0, ranks=4, pool="gang") for at in (50_000.0, 150_000.0, 3e5)
+    ]
+    pools = {"single": PoolSettings(max=9), "gang": PoolSettings(max=1, ranks=4)}
+    arrivals = sorted([*small, *large], key=lambda one: one.at_seconds)
+    simulation = simulate(arrivals, {}, pools, machines=[{"CPU": 4.0}])
+    # Its team has used least: it is the next in turn. The longest of what runs is an hour, and a gang has to load.
+    assert longest_wait(simulation, "large") <= 3600.0 + LOAD_SECONDS + 1e-6
+    assert report(simulation)["never_started"] == 0
+    assert report(simulation)["utilisation"] > 0.85
+    assert longest_wait(mixed()) < 3 * 86400
+
+
+def test_an_idle_worker_gives_its_room_to_another_pool_at_once() -> None:
+    pools = {"one": PoolSettings(max=1, idle_seconds=1e6), "other": PoolSettings(max=1, idle_seconds=1e6)}
+    arrivals = [
+        Arrival(at_seconds=0.0, team="red", seconds=100.0, pool="one"),
+        Arrival(at_seconds=1000.0, team="blue", seconds=100.0, pool="other"),
+        Arrival(at_seconds=2000.0, team="red", seconds=100.0, pool="one"),
+    ]
+    simulation = simulate(arrivals, {}, pools, machines=[{"CPU": 1.0}])
+    waits = [course.wait_seconds or 0.0 for course in simulation.courses]
+    assert all(LOAD_SECONDS <= wait <= LOAD_SECONDS + 10 for wait in waits)
+    assert sum(simulation.there_seconds.values()) <= simulation.last_arrival  # never more than there is room for
 
 
 def test_without_quotas_nothing_is_ever_preempted() -> None:
