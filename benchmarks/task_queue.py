@@ -294,7 +294,7 @@ def scheduled() -> dict[str, Any]:
     started, simulated = time.perf_counter(), 0.0
     jain, inside = [], []
     for seed in range(3):
-        # Of six places: two and a half times as much is asked for as there is, and about four fifths.
+        # Of six places: half as much again is asked for as there is, and about seven tenths.
         for hours, found in ((5.0, jain), (2.4, None)):
             done = report(simulate(weeks(seed, hours=hours), {}, fixed(6)))
             simulated += done["weeks"]

@@ -76,6 +76,10 @@ class Cluster(Protocol):
         """Those of these machines that are up and that, with nothing else on them, have room for a rank of a pool."""
         ...
 
+    def room(self) -> dict[str, dict[str, float]]:
+        """Address of each machine that is up and not avoided to what is free there, by Ray's names of resources."""
+        ...
+
     def run(self, worker: str, order: Order) -> Call:
         """Give an order; the call's result is an Outcome."""
         ...
@@ -256,6 +260,17 @@ class RayCluster:
         up = (node for node in self._ray.nodes() if node["Alive"] and node["NodeManagerAddress"] in machines)
         found = {node["NodeManagerAddress"] for node in up if room_on(self.settings.pools[pool], node)}
         return tuple(sorted(found))
+
+    def room(self) -> dict[str, dict[str, float]]:
+        free = self._ray._private.state.available_resources_per_node()
+        found: dict[str, dict[str, float]] = {}
+        for node in self._ray.nodes():
+            address = node["NodeManagerAddress"]
+            if node["Alive"] and address not in self._avoid:
+                room = found.setdefault(address, {})
+                for kind, amount in free.get(node["NodeID"], {}).items():
+                    room[kind] = room.get(kind, 0.0) + amount
+        return found
 
     def _addresses(self, node_ids: Collection[str]) -> tuple[str, ...]:
         return tuple(sorted({node["NodeManagerAddress"] for node in self._ray.nodes() if node["NodeID"] in node_ids}))

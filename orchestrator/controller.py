@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -33,11 +33,10 @@ from orchestrator.pending_calls import (
     Writing,
 )
 from orchestrator.scheduling.fair_share import Running, Share, Waiting, running_order, shares_of
-from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, size
+from orchestrator.scheduling.pools import chosen_pool, pool_of, pools_of, shape_of, size
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import (
     LOOK,
-    SOON_SECONDS,
     Decision,
     Pool,
     Situation,
@@ -58,7 +57,15 @@ from orchestrator.tasks.task_lifecycle import Step, needs_training_rows, next_st
 from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import SERVICE, Drain, Pause, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import LOG
-from orchestrator.worker_pool import PoolStatus, WorkerPool, WorkerStatus, is_of_a_version, scorings, train_order
+from orchestrator.worker_pool import (
+    LOOK_SECONDS,
+    PoolStatus,
+    WorkerPool,
+    WorkerStatus,
+    is_of_a_version,
+    scorings,
+    train_order,
+)
 from subspace_store import SubspaceReader
 from subspace_store.log.version import Identity
 from workers.orders import BaseLayout, Evaluate, EvaluateTogether, Failed, Order, Outcome, Train, Trained
@@ -507,7 +514,13 @@ class Controller:
         by_pool = {name: [worker for worker in free if worker.pool == name] for name in self._settings.pools}
         pools = {name: self._places(name, len(by_pool[name]), kept[name]) for name in by_pool}
         waiting = self._looked_at(pools, pauses)
-        self.decision = decide(self._situation(pools, waiting, self._pool.running(live))) if waiting else Decision()
+        machines = self._room(pools) if waiting else {}
+        workers = self._pool.on_machines([worker.name for worker in free]) if machines else ()
+        situation = self._situation(pools, waiting, self._pool.running(live))
+        situation = replace(situation, machines=machines, workers=workers, fits_since=self.decision.fits_since)
+        self.decision = decide(situation) if waiting else Decision()
+        for found in by_pool.values():  # the others' room may be needed: they are given out last
+            found.sort(key=lambda worker: worker.name in self.decision.kept)
         if (again_at := self.decision.again_at) is not None:
             self._pending_calls.not_before("decide", again_at)
         for start in self.decision.starts:
@@ -516,7 +529,20 @@ class Controller:
             by = f"team {preemption.for_team}, which is within its quota"
             self._apply((preemption.task_id,), PreemptRequested(by, gives_back=True))
         wanted = self._wanted(live, waiting, unscored)
-        self._pool.resize(wanted, {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER})
+        given = {worker.name for worker in self._pool.workers.values() if worker.order is not None}
+        self._pool.resize(
+            wanted,
+            {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER},
+            self.decision.growth,
+            [name for name in self.decision.ends if name not in given],
+        )
+
+    def _room(self, pools: Mapping[str, Pool]) -> dict[str, dict[str, float]]:
+        """What is free on the machines, where workers of a pool wait for room that those of others may have."""
+        if len(pools) < 2 or self._settings.ray.adds_machines or not any(pool.is_short for pool in pools.values()):
+            return {}
+        self._pending_calls.later("room", LOOK_SECONDS)
+        return self._pool.room()
 
     def _looked_at(self, pools: Mapping[str, Pool], pauses: Mapping[str, Pause]) -> list[Waiting]:
         """Of each team and pool as many of those in line as could start, with workers that the pool may still get, and
@@ -528,24 +554,38 @@ class Controller:
             for name, pool in pools.items()
             if self._goes_on(self._settings.pools[name].base_model or "")
         }
-        found = self._queue.waiting(limits, self.ranks, pauses)
+        found = self._with_gpus(self._queue.waiting(limits, self.ranks, pauses))
         return [task for task in found if task.task_id not in self._set_aside]
+
+    def _with_gpus(self, waiting: Sequence[Waiting]) -> list[Waiting]:
+        """Tasks with the GPUs of their pools."""
+        gpus = {name: pool.gpus for name, pool in self._settings.pools.items() if pool.gpus}
+        return [replace(task, gpus=gpus[task.pool]) if task.pool in gpus else task for task in waiting]
+
+    def _gpu_seconds(self, now: float) -> dict[str, float]:
+        """GPU-seconds per team; none are read where no pool has GPUs."""
+        has_gpus = any(pool.gpus for pool in self._settings.pools.values())
+        return self._queue.gpu_use_of_teams(now) if has_gpus else {}
 
     def _places(self, name: str, free: int, kept: int) -> Pool:
         """A pool with so many workers that have nothing to do, for tasks and for a version."""
         settings, workers = self._settings.pools[name], self._pool.of(name)
         in_use = [worker for worker in workers if worker.drain is None]
-        coming = sum(map(_comes_soon, in_use))
+        coming = sum(worker.comes_soon for worker in in_use)
+        is_short = any(worker.is_short for worker in in_use)
         gone = sum(not drain.is_node and pool_of(drain.what) == name for drain in self._pool.drains)
         drains = self._pool.drains_of(name)
         is_placeless = bool(in_use) and all(worker.is_placeless for worker in in_use)
-        further = 0 if drains or is_placeless else max(0, settings.max - gone - len(in_use))
+        further = 0 if drains or is_placeless or is_short else max(0, settings.max - gone - len(in_use))
         return Pool(
             capacity=settings.ranks * settings.max,
             ready=settings.ranks * sum(worker.ready for worker in in_use),
             free=settings.ranks * free,
             kept=settings.ranks * kept,
             coming=settings.ranks * (coming + further),
+            further=settings.ranks * further,
+            shape=shape_of(settings),
+            is_short=is_short,
             is_forming=settings.ranks > 1 and any(worker.machines == () for worker in in_use),
             is_placeless=is_placeless,
             drained="; ".join(drain.told for drain in drains),
@@ -589,6 +629,7 @@ class Controller:
             waiting=waiting,
             running=running,
             use_seconds=self._queue.use_of_teams(now),
+            gpu_seconds=self._gpu_seconds(now),
             shares=self._shares,
             reserved=before.reserved,
             promised=before.promised,
@@ -659,8 +700,10 @@ class Controller:
         waiting = [] if SERVICE in pauses else self._queue.waiting(everyone, self.ranks, pauses)
         if extra is not None and SERVICE not in pauses and extra.team not in pauses:
             waiting.append(extra)
+        waiting = self._with_gpus(waiting)
         by_id = {task.task_id: task for task in waiting}
-        order = running_order(waiting, self._queue.use_of_teams(now), running, self._shares, now=now)
+        used, gpus = self._queue.use_of_teams(now), self._gpu_seconds(now)
+        order = running_order(waiting, used, running, self._shares, now=now, gpu_seconds=gpus)
         return tuple(by_id[task_id] for task_id in order), running
 
     @property
@@ -712,11 +755,6 @@ class Controller:
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
         self._queue.try_apply(task_ids, event)
-
-
-def _comes_soon(worker: WorkerStatus) -> bool:
-    """Whether a worker that is not ready will be: it has a place, or was asked for a moment ago."""
-    return not worker.ready and (bool(worker.machines) or time.time() - worker.started_at < SOON_SECONDS)
 
 
 def _stop_for(record: TaskRecord) -> str:

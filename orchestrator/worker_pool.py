@@ -22,7 +22,9 @@ from orchestrator.alarms import WRITE_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster, MachineLost, ProcessEnded
 from orchestrator.pending_calls import Asking, AskingForEnd, Ordered, PendingCalls, Warming
 from orchestrator.scheduling.fair_share import Running, Use
+from orchestrator.scheduling.machines import Worker
 from orchestrator.scheduling.pools import Seat, ends_at, number_of, pool_of, resized, size
+from orchestrator.scheduling.scheduler import SOON_SECONDS
 from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_lifecycle import Step, next_step
 from orchestrator.tasks.task_queue import TaskQueue
@@ -70,7 +72,9 @@ END_SECONDS = 20.0
 LOADS_KEPT = 5
 """Loads of each pool, the last, from which the next is estimated."""
 LOOK_SECONDS = 2.0
-"""Interval at which it is looked on which machines workers are."""
+"""Interval at which it is looked on which machines workers are, and what is free there."""
+PLACE_SECONDS = 5.0
+"""Time after which a worker without a place waits for room: where there is some, Ray finds it in less."""
 
 
 AT_AN_ADAPTER: Mapping[str, str] = {Phase.SCORING: "scoring the own adapter of", Phase.SAVING: "storing the adapter of"}
@@ -161,6 +165,21 @@ class WorkerStatus:
         return not self.ready and (self.machines == () or isinstance(self.error, NoPlace))
 
     @property
+    def is_short(self) -> bool:
+        """Whether no machine has room for it, as far as Ray has said by now."""
+        return self.is_placeless and self.order is None and time.time() - self._placeless_from > PLACE_SECONDS
+
+    @property
+    def _placeless_from(self) -> float:
+        return self.placeless_since or self.started_at
+
+    @property
+    def comes_soon(self) -> bool:
+        """Whether it is not ready and will be: it has a place, or was asked for a moment ago."""
+        is_new = time.time() - self.started_at < SOON_SECONDS and not self.is_short
+        return not self.ready and (bool(self.machines) or is_new)
+
+    @property
     def is_loading(self) -> bool:
         """Whether it has a place, as far as is known, and is not ready yet."""
         return not self.ready and self.order is None and self.machines != () and self.error is None
@@ -193,7 +212,7 @@ class WorkerStatus:
         if self.error is not None and not isinstance(self.error, NoPlace):
             return f"cannot load the base model: {self.error.what}"
         if self.is_placeless:
-            return f"waiting for a place for {time.time() - (self.placeless_since or self.started_at):.0f} s"
+            return f"waiting for a place for {time.time() - self._placeless_from:.0f} s"
         return f"loading the base model for {time.time() - self.loads_since:.0f} s" if self.loads_since else "starting"
 
 
@@ -301,7 +320,8 @@ class WorkerPool:
         self._pending_calls.wake()
         token, places = secrets.token_hex(8), self.ranks(worker.name)
         if claimed := self._queue.try_apply(
-            (task_id,), Claimed(token=token, worker=worker.name, at=time.time(), places=places)
+            (task_id,),
+            Claimed(token=token, worker=worker.name, at=time.time(), places=places, gpus=self._pools[worker.pool].gpus),
         ):
             self.give(worker, train_order(claimed[0]))
 
@@ -320,7 +340,14 @@ class WorkerPool:
             *(self._attempt(record, now) for record in attempts),
             *(
                 # Tasks of several teams count as the first one's while they are scored; then each pays its own.
-                Running(charged(w.order)[0].spec.team, w.given_at, 0.0, pool=w.pool, ranks=self.ranks(w.name))
+                Running(
+                    charged(w.order)[0].spec.team,
+                    w.given_at,
+                    0.0,
+                    pool=w.pool,
+                    ranks=self.ranks(w.name),
+                    gpus=self._pools[w.pool].gpus,
+                )
                 for w in for_versions
                 if w.order
             ),
@@ -336,6 +363,7 @@ class WorkerPool:
             task_id=record.task_id if record.state is TaskState.TRAINING else "",
             pool=pool_of(record.worker),
             ranks=record.places,
+            gpus=record.gpus,
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
@@ -405,9 +433,9 @@ class WorkerPool:
 
     def _charge(self, worker: WorkerStatus, order: Order, what: str, suffix: str, seconds: float) -> None:
         """suffix: Of the token under which it is charged once."""
-        places, parts = self.ranks(worker.name), charged(order)
+        places, gpus, parts = self.ranks(worker.name), self._pools[worker.pool].gpus, charged(order)
         for one in parts:
-            use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places)
+            use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places, gpus=gpus)
             self._queue.charge(one.task_id, use, token=f"{one.token}{suffix}", what=what)
 
     # --- who is alive ------------------------------------------------------------------------------------------
@@ -543,8 +571,8 @@ class WorkerPool:
     def _locate(self, worker: WorkerStatus, now: float) -> None:
         """Look on which machines a worker is, while that matters: before it is ready; later, while machines are
         drained, only where that is not known, or where ranks may have found other places."""
-        is_known = bool(worker.machines) and self._pools[worker.pool].ranks == 1
-        if worker.ready and (is_known or not any(drain.is_node for drain in self.drains)):
+        may_move = self._pools[worker.pool].ranks > 1 and any(drain.is_node for drain in self.drains)
+        if worker.ready and worker.machines and not may_move:
             return
         if now - worker.looked_at >= LOOK_SECONDS:
             worker.looked_at, before = now, worker.machines
@@ -555,6 +583,8 @@ class WorkerPool:
             worker.placeless_since = 0.0
             return
         worker.placeless_since = worker.placeless_since or now
+        if not worker.is_short:
+            self._pending_calls.not_before(f"place:{worker.name}", worker.placeless_since + PLACE_SECONDS)
         is_expected = number_of(worker.name) < self._pools[worker.pool].min
         if is_expected and not worker.ready and now - worker.placeless_since > WARM_SLOW_SECONDS:
             needs = needed(self._pools[worker.pool])
@@ -643,24 +673,51 @@ class WorkerPool:
         """Start a worker again that a task was given to. Its pool is in the settings."""
         self._start(worker)
 
-    def resize(self, wanted: Mapping[str, int], claimed: Collection[str] = ()) -> None:
+    def resize(
+        self,
+        wanted: Mapping[str, int],
+        claimed: Collection[str] = (),
+        growth: Mapping[str, int] | None = None,
+        ends: Sequence[str] = (),
+    ) -> None:
         """Start workers that there is something to do for, and end idle ones; see `scheduling.pools.resized`.
 
         Args:
             wanted: Pool to the workers that it could use beside those at work.
             claimed: Workers that tasks wait for because they had them before.
+            growth: Pool to the workers that it may start; those that are not named start as many as they want.
+            ends: Workers without an order whose room is another pool's.
         """
         now = time.time()
+        for one in ends:
+            self._end(one, "a task that is before others waits for its room")
         for name, settings in self._pools.items():
             seats = [self._seat(worker, claimed) for worker in self.of(name)]
             taken = [drain.what for drain in self.drains if not drain.is_node and pool_of(drain.what) == name]
-            change = resized(name, settings, seats, wanted.get(name, 0), now, taken)
+            starts_max = (growth or {}).get(name)
+            change = resized(name, settings, seats, wanted.get(name, 0), now, taken, starts_max)
             for worker in change.starts:
                 self._start(worker)
             for worker in change.ends:
                 self._end(worker)
             if (at := ends_at(settings, seats)) is not None and len(seats) > settings.min and at > now:
                 self._pending_calls.not_before(f"idle:{name}", at)
+
+    def on_machines(self, idle: Collection[str]) -> list[Worker]:
+        """The workers that are not drained, with the machines that they are on; without those of which that is not
+        known. Idle: names of those that have nothing to do."""
+        now = time.time()
+        return [
+            Worker(
+                name=worker.name,
+                pool=worker.pool,
+                machines=() if worker.is_placeless else worker.machines or (),
+                is_idle=worker.name in idle,
+                ends_in=None if worker.ends_at is None else max(0.0, worker.ends_at - now),
+            )
+            for worker in self.workers.values()
+            if worker.drain is None and (worker.machines or (worker.is_placeless and worker.order is None))
+        ]
 
     def look_at_drains(self) -> list[tuple[Train, Failed]]:
         """Read what people have drained, and note it on the workers that it is about. Those that wait for a place, and
@@ -684,6 +741,10 @@ class WorkerPool:
                 back.append((order, Failed(token=order.token, fault="preempted", message=what, worker_seconds=0.0)))
             self._end(worker.name, "it waits for a place, and other machines are drained now")
         return back
+
+    def room(self) -> dict[str, dict[str, float]]:
+        """What is free on each machine that is not drained."""
+        return self._cluster.room()
 
     def drains_of(self, pool: str) -> list[Drain]:
         """The drains for which no worker of a pool is ready and none will be; none where another is, or may come.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.scheduling.estimate import KNOWN_MAX, Estimate, Pace, Told, estimate_starts, late, started
+from orchestrator.scheduling.estimate import KNOWN_MAX, Estimate, Pace, Told, estimate_starts, started, waiting
 from orchestrator.scheduling.fair_share import Running, Waiting
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 
@@ -111,6 +111,7 @@ class Estimates:
         asked: Collection[str],
         remembered: bool = True,
         kept: Mapping[str, float] | None = None,
+        expected: Mapping[str, float] | None = None,
     ) -> Line:
         """The line, with the estimates of some tasks, which somebody is shown: the first that is shown of each counts.
 
@@ -120,7 +121,8 @@ class Estimates:
             paces: Pool to how long tasks have a worker there, of all that are asked about.
             asked: Ids of the tasks.
             remembered: Whether these tasks are there, so that it will be known when they start.
-            kept: Task id to the seconds for which it does not start though there are places.
+            kept: Task id to the seconds for which it cannot start though there are places.
+            expected: The same where it is not sure.
         """
         now = time.time()
         starts: dict[str, Estimate] = {}
@@ -129,7 +131,9 @@ class Estimates:
             line = [task for task in tasks if task.pool == pool]
             there = [order for order in running if order.pool == pool]
             coming = free.get(pool, ())
-            starts |= estimate_starts(line, there, 0, pace, known, now=now, asked=asked, coming=coming, kept=kept)
+            starts |= estimate_starts(
+                line, there, 0, pace, known, now=now, asked=asked, coming=coming, kept=kept, expected=expected
+            )
         with self._lock:
             for task_id, start in starts.items():
                 if remembered and len(self._asked) < ASKED_MAX:
@@ -154,5 +158,4 @@ class Estimates:
                     if record is not None and record.attempt == 1 and record.claimed_at is not None:
                         self._told.append(started(estimate, record.claimed_at - at))
         with self._lock:
-            waits = [late(estimate, now - at) for at, estimate in self._asked.values()]
-            return [*self._told, *(one for one in waits if one is not None)]
+            return [*self._told, *(waiting(estimate, now - at) for at, estimate in self._asked.values())]

@@ -88,8 +88,7 @@ class Lengths:
         found: dict[str, float] = {}
         for record in blocked:
             seconds = [published[task_id] for task_id in record.awaits if task_id in published]
-            if record.not_due and record.spec.not_before is not None:
-                seconds.append(record.spec.not_before.timestamp() - now)
+            seconds.append(due_in(record, now))
             if record.paused is None and None not in seconds:
                 found[record.task_id] = max([0.0, *(one for one in seconds if one is not None)])
         return found
@@ -106,6 +105,12 @@ class Lengths:
             length = of_pool.pace.of(in_line(record, record.places)).seconds
             left = max(0.0, length - (time.time() - record.claimed_at))
         return None if left is None else left + of_pool.settles_seconds
+
+
+def due_in(record: TaskRecord, now: float) -> float:
+    """Seconds until its `not_before` has come; 0 where it has none, or it has."""
+    not_before = record.spec.not_before if record.not_due else None
+    return 0.0 if not_before is None else max(0.0, not_before.timestamp() - now)
 
 
 def in_line(record: TaskRecord, ranks: int) -> Waiting:

@@ -18,7 +18,7 @@ from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
 from orchestrator.api.estimates import Estimates, KeptLine, Line, places_in
 from orchestrator.api.feed import Interest
-from orchestrator.api.lengths import Lengths, in_line, least_seconds, with_later
+from orchestrator.api.lengths import Lengths, due_in, in_line, least_seconds, with_later
 from orchestrator.api.requests import Json
 from orchestrator.api.served import Served
 from orchestrator.api.sources import Sources
@@ -233,7 +233,8 @@ class Tasks:
         more than there is; its hours a week are those that its quota is compared with."""
         settings, (_, running) = self._sources.settings.teams, self._kept_line()
         weights = sum(team.weight for team in settings.values())
-        used = self._sources.queue.use_of_teams(time.time())
+        now, queue = time.time(), self._sources.queue
+        used, gpus = queue.use_of_teams(now), queue.gpu_use_of_teams(now)
         return {
             "teams": {
                 name: {
@@ -241,8 +242,10 @@ class Tasks:
                     "share": team.weight / weights,
                     "places_quota": team.places,
                     "place_hours_a_week_quota": team.place_hours_a_week,
+                    "gpu_hours_a_week_quota": team.gpu_hours_a_week,
                     "places": sum(order.ranks for order in running if order.team == name),
                     "place_hours_a_week": used.get(name, 0.0) / STEADY_WEEKS / 3600,
+                    "gpu_hours_a_week": gpus.get(name, 0.0) / STEADY_WEEKS / 3600,
                 }
                 for name, team in settings.items()
             }
@@ -447,7 +450,9 @@ class Tasks:
         pools = {record.pool for record in waiting}
         line = [task for pool in pools for task in [one for one in tasks if one.pool == pool][:DEPTH_MAX]]
         line = with_later(self._lengths.with_rows(line), later)
-        kept = kept_from_borrowing(line, running, controller.shares, time.time()) | leads
+        now = time.time()
+        kept = {record.task_id: seconds for record in blocked if (seconds := due_in(record, now))}
+        expected = kept_from_borrowing(line, running, controller.shares, now) | leads
         found = self._estimates.tell(
             line,
             running,
@@ -456,6 +461,7 @@ class Tasks:
             [record.task_id for record in waiting],
             remembered=extra is None,
             kept=kept,
+            expected=expected,
         )
         return replace(found, places=places_in(tasks), leads=leads)
 

@@ -533,6 +533,14 @@ def simulate(
     load_seconds: Annotated[
         float, typer.Option(min=0.0, help="Time that a worker takes until it is ready, once it was asked for.")
     ] = 60.0,
+    machines: Annotated[
+        int, typer.Option(min=1, help="Machines that the pools share, each with --cpus, --gpus and --memory-gb.")
+    ] = 1,
+    cpus: Annotated[
+        float | None, typer.Option(min=0.0, help="CPUs of each machine; default: there is room for all pools.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each.")] = 0.0,
+    memory_gb: Annotated[float, typer.Option(min=0.0, help="Memory of each, in 10⁹ bytes.")] = 0.0,
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -554,8 +562,11 @@ def simulate(
     if strangers := sorted({one.team for one in found} - read.teams.keys()):
         teams = ", ".join(sorted(read.teams))
         raise InvalidInput(f"there is no team '{strangers[0]}'", str(arrivals), f"teams of these settings: {teams}")
+    if cpus is None and (machines > 1 or gpus or memory_gb):
+        raise InvalidInput("says something of the machines, and not their CPUs", "machines", "add --cpus")
+    there = () if cpus is None else simulation.machines_alike(read.pools, machines, cpus, gpus, memory_gb)
     with telling("simulating"):
-        done = simulation.simulate(found, shares_of(read.teams), read.pools, load_seconds=load_seconds)
+        done = simulation.simulate(found, shares_of(read.teams), read.pools, load_seconds=load_seconds, machines=there)
     show(simulation.report(done), display.simulation, as_json)
 
 

@@ -533,7 +533,12 @@ def simulation(answer: Json) -> None:
         (
             "assumed",
             f"a worker loads for {duration(answer['load_seconds'])} (--load-seconds), a checkpoint takes "
-            f"{duration(answer['checkpoint_seconds'])}",
+            f"{duration(answer['checkpoint_seconds'])}"
+            + (
+                "; there is room for all pools (--cpus)"
+                if answer["machines"] is None and len(answer["pools"]) > 1
+                else ""
+            ),
         ),
     )
     for name, text in facts:

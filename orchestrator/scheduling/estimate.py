@@ -5,7 +5,8 @@ Two steps. What is known: each task before it takes as long as one of the last t
 place that is free first; that is done many times over. Of a task whose rows are counted, it is what it would take for
 as many rows, and no task takes longer than it may. What is not known (who will come and go first, how work
 changes): the estimates that were told before are compared with when those tasks did start, and the interval is moved
-and widened by what they missed.
+and widened by what they missed. Those whose tasks still wait count as well: where there is too little for all, what has
+started already is what went quickly.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ KNOWN_MAX = 400
 NEAR_TASKS = 10
 """Number of tasks that ended from which the length of one is estimated: those of the most similar number of rows."""
 NEAR = 60
-"""Number of those that correct one estimate: the ones that were most like it."""
+"""Number of those that correct one estimate: the ones that were most like it, and what still waits among them."""
 MARGIN = 0.06
 """Share by which more starts than promised should fall inside: of the last ones half miss the promise by chance."""
-GAIN = 2.0
-"""How strongly the interval is widened for each start too few inside: twice as far as the shortfall, so that a few
-dozen starts are enough when work has changed."""
+GAIN = 1.0
+"""How strongly the interval is widened for each start too few inside: by the shortfall, at either end."""
+EPSILON = 1e-9
+"""Share that is lost where shares are multiplied."""
 GRAIN_SECONDS = 5.0
 """Seconds that nobody can promise: a start that is told for now is right if it comes within them."""
 
@@ -107,6 +109,8 @@ class Estimate:
     """One of ten starts later."""
     drawn: float
     """Median before it was corrected by earlier estimates."""
+    least: float = 0.0
+    """Seconds before which it cannot start: no part of them is guessed, or corrected."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,13 @@ class Told:
     """An estimate that somebody was told, and when the task did start."""
 
     seconds: float
-    """Its `drawn`."""
+    """Its `drawn`, beyond its `least`."""
     took: float
-    """Seconds until it started; of one that has not, the seconds for which it has waited longer than was estimated."""
+    """Seconds until it started, beyond the same; of one that waits, the seconds so far."""
     inside: bool | None = None
-    """Whether it started in the interval that was told; None: it has not started."""
+    """Whether it started in the interval that was told; None: it waits, and may yet."""
+    waits: bool = False
+    """Whether it has not started: it takes longer than `took`, and nobody knows how much."""
 
 
 def _limited(pace: Pace, seconds_max: float | None) -> Pace:
@@ -193,6 +199,7 @@ def estimate_starts(
     asked: Collection[str] | None = None,
     coming: Sequence[float] = (),
     kept: Mapping[str, float] | None = None,
+    expected: Mapping[str, float] | None = None,
 ) -> dict[str, Estimate]:
     """When tasks of a line start, if all of it start one after another.
 
@@ -201,11 +208,12 @@ def estimate_starts(
         running: What runs now in that pool. What does not say when it ends takes as long as one of the last tasks that
             took longer than it has by now.
         free: Places that are free now.
-        told: Earlier estimates of which it is known how they ended, oldest first.
+        told: Earlier estimates, oldest first, those whose tasks still wait last.
         now: Unix seconds, as `since` of what runs.
         asked: Ids of the tasks; default: all.
         coming: For each place that workers will have once they have loaded, the seconds until then.
-        kept: Task id to the seconds for which it does not start though there are places: others go first meanwhile.
+        kept: Task id to the seconds for which it cannot start though there are places: others go first meanwhile.
+        expected: The same where it is not sure, and could be less.
 
     Returns:
         Task id to its estimate. Left out where it is not known: too few places, no task to know the pace from, or too
@@ -223,14 +231,18 @@ def estimate_starts(
     spans = [own(task.rows, task.method, task.seconds_max) for task in near]
     runs = [(order, own(order.rows, order.method, order.seconds_max)) for order in running]
     there = [0.0] * free + list(coming)
-    futures = [_starts(near, spans, runs, there, kept or {}, now, rng) for _ in range(DRAWS)]
-    known = [(_log(one.seconds), _log(one.took)) for one in told[-KNOWN_MAX:]]
+    sure = kept or {}
+    until = {**(expected or {})}
+    for task_id, seconds in sure.items():
+        until[task_id] = max(seconds, until.get(task_id, 0.0))
+    futures = [_starts(near, spans, runs, there, until, now, rng) for _ in range(DRAWS)]
+    known = [*[one for one in told if not one.waits][-KNOWN_MAX:], *(one for one in told if one.waits)]
     tail = tail_of(told)
     found = {}
     for number, task in enumerate(near):
         if task.ranks <= places and (asked is None or task.task_id in asked):
             drawn = sorted(starts[number] for starts in futures)
-            found[task.task_id] = _corrected(drawn, known, tail)
+            found[task.task_id] = _corrected(drawn, known, tail, sure.get(task.task_id, 0.0))
     return found
 
 
@@ -248,27 +260,63 @@ def tail_of(told: Sequence[Told]) -> float:
     return max(0.0, (1 - SHARE_INSIDE) / 2 - GAIN * missing)
 
 
-def _corrected(drawn: Sequence[float], known: Sequence[tuple[float, float]], tail: float) -> Estimate:
+def _corrected(drawn: Sequence[float], known: Sequence[Told], tail: float, least: float) -> Estimate:
     """The estimate from the starts that were drawn, moved and widened by what those like it missed.
 
     Its interval then holds as often as it would have held for them, whatever they missed it for, as long as the future
     is like the past (split conformal prediction: Vovk et al., Algorithmic Learning in a Random World, 2005).
 
     Args:
-        known: Logarithms of what was estimated and what it took, of earlier estimates.
+        known: Earlier estimates.
+        least: Seconds before which it cannot start.
     """
+    drawn = [start - least for start in drawn]
     drawn_median = drawn[len(drawn) // 2]
     level = _log(drawn_median)
-    like = sorted(known, key=lambda one: abs(one[0] - level))[:NEAR]
-    missed = sorted([took - estimated for estimated, took in like] + (PRIOR if len(like) < KNOWN_MIN else []))
-    below = math.floor(tail * (len(missed) + 1)) - 1
-    low, median, high = (
-        _seconds(level + missed[place]) for place in (max(0, below), len(missed) // 2, min(-1, -1 - below))
+    like = _like(level, known)
+    missed = [(_log(one.took) - _log(one.seconds), one.waits) for one in like]
+    is_sure = sum(not one.waits for one in like) >= KNOWN_MIN
+    shares = _shares(missed if is_sure else [*missed, *((factor, False) for factor in PRIOR)])
+    step = 1 / len(shares)  # the one that is estimated is one more
+    below = next((miss for miss, share in reversed(shares) if share <= tail * (1 + step) + EPSILON), shares[0][0])
+    median, above = (
+        next((miss for miss, share in shares if share >= least_share - EPSILON), shares[-1][0])
+        for least_share in (0.5, (1 - tail) * (1 + step))
     )
-    if len(like) < KNOWN_MIN:
+    low, high = _seconds(level + below), _seconds(level + above)
+    if not is_sure:
         low = min(low, drawn[int(tail * len(drawn))])
         high = max(high, drawn[min(len(drawn) - 1, int((1 - tail) * len(drawn)))])
-    return Estimate(median, low, high + GRAIN_SECONDS, drawn_median)
+    middle = _seconds(level + median)
+    return Estimate(least + middle, least + low, least + high + GRAIN_SECONDS, least + drawn_median, least)
+
+
+def _like(level: float, known: Sequence[Told]) -> list[Told]:
+    """Of earlier estimates those that were most like one: so many that `NEAR` of them have started."""
+    found, count = [], 0
+    for one in sorted(known, key=lambda one: abs(_log(one.seconds) - level)):
+        found.append(one)
+        count += not one.waits
+        if count == NEAR:
+            break
+    return found
+
+
+def _shares(missed: Iterable[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """What was missed, in rising order, each with the share of all that miss it by that or less.
+
+    Args:
+        missed: With whether it is more than that, since the task still waits.
+
+    Source:
+        Kaplan and Meier, Nonparametric Estimation from Incomplete Observations, 1958.
+    """
+    ordered = sorted(missed)
+    found, more = [], 1.0
+    for place, (miss, is_more) in enumerate(ordered):
+        more *= 1.0 if is_more else 1 - 1 / (len(ordered) - place)
+        found.append((miss, 1 - more))
+    return found
 
 
 def _starts(
@@ -336,14 +384,19 @@ def _seconds(level: float) -> float:
     return max(0.0, math.exp(level) - GRAIN_SECONDS)
 
 
-def late(estimate: Estimate, waited: float) -> Told | None:
-    """What is known already of an estimate whose task has not started: that it took longer, where it has."""
-    return Told(estimate.drawn, waited) if waited > estimate.drawn else None
+def waiting(estimate: Estimate, waited: float) -> Told:
+    """What is known already of an estimate whose task has not started."""
+    is_late = waited > estimate.latest
+    return Told(*_beyond(estimate, waited), inside=False if is_late else None, waits=True)
 
 
 def started(estimate: Estimate, waited: float) -> Told:
     """What is known of an estimate whose task has started."""
-    return Told(estimate.drawn, waited, estimate.earliest <= waited <= estimate.latest)
+    return Told(*_beyond(estimate, waited), inside=estimate.earliest <= waited <= estimate.latest)
+
+
+def _beyond(estimate: Estimate, waited: float) -> tuple[float, float]:
+    return estimate.drawn - estimate.least, max(0.0, waited - estimate.least)
 
 
 def ends(start: Estimate, pace: Pace) -> Estimate:

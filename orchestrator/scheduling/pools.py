@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from configs.errors import InvalidInput
 from configs.settings import DEFAULT_POOL, WORKER, PoolSettings
 from configs.task_spec import ResourceSpec
+from orchestrator.scheduling.machines import Shape
+from workers.gang import needs as room_for_a_rank
 
 ANY = ResourceSpec()
 """What a task needs that asks for nothing."""
@@ -84,6 +86,11 @@ def number_of(worker: str) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def shape_of(settings: PoolSettings) -> Shape:
+    """What a worker of a pool takes on machines."""
+    return Shape(ranks=settings.ranks, needs=room_for_a_rank(settings), min=settings.min)
+
+
 # --- how many workers --------------------------------------------------------------------------------------------
 
 
@@ -115,6 +122,7 @@ def resized(
     wanted: int,
     now: float,
     taken: Collection[str] = (),
+    starts_max: int | None = None,
 ) -> Change:
     """Which workers a pool starts and ends now.
 
@@ -122,6 +130,7 @@ def resized(
         seats: Its workers, ready or not.
         wanted: Workers beside those at work for which there is something to do.
         taken: Names of workers that are drained, whether they are there or not: each is a worker less.
+        starts_max: Most workers that it may start now, while room is made for another pool; None: as many as it wants.
     """
     ends = [seat.name for seat in seats if seat.ends and seat.idle_since is not None]
     stays = [seat for seat in seats if not seat.ends]
@@ -130,7 +139,8 @@ def resized(
     at_work = sum(seat.idle_since is None for seat in stays)
     target = min(most, max(least, at_work + wanted))
     names = {seat.name for seat in seats} | {*taken}
-    starts = _free_names(pool, names, target - len(stays))
+    more = target - len(stays)
+    starts = _free_names(pool, names, more if starts_max is None else min(more, starts_max))
     idle = sorted((seat for seat in stays if seat.idle_since is not None and not seat.loads), key=_longest_idle)
     loading = sum(seat.idle_since is not None and seat.loads for seat in stays)  # of too many, those end later
     for seat in idle[: max(0, len(stays) - target - loading)]:

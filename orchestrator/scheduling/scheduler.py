@@ -5,14 +5,18 @@ Pure: no SQL, no Ray, no clock. The loop carries a decision out (controller.py),
 
 In the order of their turns (fair_share.py) tasks start while places are free. One that does not fit may
 * have places given back by teams that are beyond their quotas, if its own team is within its own: their newest
-  attempts write a checkpoint and wait again. Never one that ends within a minute, and never the same task in two
-  attempts running, so that each gets on. The places are promised to the task that they were taken for. A task that gave
-  its places back does not borrow for an hour, and what is behind it in its team's line does not borrow before it, for
-  priority and age count inside a team; within its quota it starts at once. A team that reclaims is within its quota
-  and one that gives back is beyond it, so no two can take turns.
-* or, where some places are free but too few, have them reserved: until it has started, only tasks start that end
-  before it could, or that it leaves room for. The first in turn that does not fit gets the reservation, and it alone
-  keeps it, so that no stream of small tasks starves a large one.
+  attempts write a checkpoint and wait again. Never one that ends within a minute, and never one that follows such a
+  stop and has not run for ten minutes, so that each gets on; of the others first those that follow none. The places
+  are promised to the task that they were taken for. A task that gave its places back borrows again when nobody within
+  a quota wants them, two minutes later at the earliest, and what is behind it in its team's line does not borrow
+  before it, for priority and age count inside a team; within its quota it starts at once. A team that reclaims is
+  within its quota and one that gives back is beyond it, so no two can take turns.
+* or have room reserved on machines that pools share (machines.py), where its pool waits for room for a worker: what
+  other pools have there ends when it has nothing to do, and until then starts only tasks that end before the last of it
+  does. The first in turn that needs it gets the reservation, and it alone keeps it, so that no stream of small tasks
+  starves a large one.
+
+All tasks of a pool take as many places as a worker of it has, so what is free in a pool is never too little for one.
 """
 
 from __future__ import annotations
@@ -22,14 +26,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.scheduling.fair_share import Running, Share, Turns, Waiting
+from orchestrator.scheduling.machines import Clearing, Room, Shape, Worker, cleared, growth
 from orchestrator.scheduling.reasons import Wait, WaitCode
 
 SOON_SECONDS = 60.0
 """A task that ends this soon is waited for: a checkpoint and a new start cost about as much."""
-PATIENCE_SECONDS = 3600.0
-"""Time for which a task that gave its places back does not borrow again: its next attempt is left alone, so it would
-keep for its whole length what others may want back. That its team's younger tasks wait with it costs at most 1.2 % more
-time until tasks end, in simulations of three loads in which each of six teams has one of six places."""
+PATIENCE_SECONDS = 120.0
+"""Time for which a task that gave its places back does not borrow again, so that a team that comes with one short task
+after another finds them free. No place that a borrower waits for is idle for longer."""
+SPARED_SECONDS = 600.0
+"""Time for which an attempt is left alone that follows one which gave its places back: ten times what a checkpoint and
+a new start cost. Whoever wants the places back waits no longer than that and a checkpoint."""
 LOOK = 3
 """Tasks of each team that are looked at beyond as many as could start."""
 
@@ -48,6 +55,12 @@ class Pool:
     """Further free places, kept for a version that is about to be scored."""
     coming: int = 0
     """Places that are expected within a minute: of workers that load, or that the pool may still start."""
+    further: int = 0
+    """Those of them of workers that it has not asked for yet."""
+    shape: Shape | None = None
+    """What a worker of it takes on machines; None: it shares them with no other pool."""
+    is_short: bool = False
+    """Whether a worker that was asked for waits for room on a machine."""
     is_forming: bool = False
     """Whether no worker is ready because gangs wait for places for some of their ranks."""
     is_placeless: bool = False
@@ -70,9 +83,17 @@ class Situation:
     running: Sequence[Running] = ()
     use_seconds: Mapping[str, float] = field(default_factory=dict)
     """Decayed use per team, in place-seconds."""
+    gpu_seconds: Mapping[str, float] = field(default_factory=dict)
+    """The same in GPU-seconds."""
     shares: Mapping[str, Share] = field(default_factory=dict)
+    machines: Mapping[str, Room] = field(default_factory=dict)
+    """Machine to what is free there; none where nothing waits for room, or where others can be added."""
+    workers: Sequence[Worker] = ()
+    """Workers of all pools, where machines are given; those that are kept for a version left out."""
     reserved: Mapping[str, str] = field(default_factory=dict)
-    """Pool to the task that its places were reserved for by the decision before."""
+    """Pool to the task that room for a worker of it was reserved for by the decision before."""
+    fits_since: float | None = None
+    """Unix time since which there has been room for it; None: there was none."""
     promised: Sequence[str] = ()
     """Tasks for which others were told to stop, and which have not started."""
     waits: Mapping[str, Wait] = field(default_factory=dict)
@@ -112,14 +133,19 @@ class Decision:
     """Pool and team to the reason of the tasks that were not looked at: they wait for what those before them wait
     for."""
     reserved: Mapping[str, str] = field(default_factory=dict)
-    """Pool to the task that its places are reserved for."""
+    """Pool to the task that room for a worker of it is reserved for."""
+    kept: frozenset[str] = frozenset()
+    """Idle workers of other pools whose room that is: only tasks of `starts` that nobody else can take get them."""
+    ends: tuple[str, ...] = ()
+    """Workers that end now for it."""
+    growth: Mapping[str, int] = field(default_factory=dict)
+    """Pool to the workers that it may start meanwhile; as many as it wants where it is not named."""
+    fits_since: float | None = None
+    """As in `Situation`."""
     promised: tuple[str, ...] = ()
     """Tasks for which others were told to stop, and which do not start yet."""
-
-    @property
-    def again_at(self) -> float | None:
-        """Unix time at which to decide anew though nothing has happened; None: there is none."""
-        return min((wait.until for wait in self.waits.values() if wait.until is not None), default=None)
+    again_at: float | None = None
+    """Unix time at which to decide anew though nothing has happened; None: there is none."""
 
     def wait_of(self, task_id: str, pool: str, team: str) -> Wait | None:
         """Why a task in line waits; None where its team had none in its pool's line when this was decided."""
@@ -147,45 +173,48 @@ class _Room:
         self.running = sorted(running, key=_ends_in)
         self.soon = pool.coming + sum(order.ranks for order in self.running if order.stops or _ends_soon(order))
         """Places that come back within a minute and are promised to nobody."""
-        self.holder = ""
-        """Task that free places are kept for."""
-        self._gap_seconds = math.inf
-        """Seconds until that task can start."""
-        self._spare = pool.capacity
-        """Places that it leaves over then."""
+        self.kept = 0
+        """Free places whose room is another pool's."""
+        self.gap_seconds = 0.0
+        """Seconds until it is needed."""
+        self.is_held = False
+        """Whether its next place is not its own, for the same reason: of a worker that has to go, or that it may not
+        start."""
 
     @property
     def open_places(self) -> int:
         """Free places that a task of any length may take."""
-        return min(self.free, self._spare)
+        return self.free - self.kept
 
     def has_place(self, task: Waiting) -> bool:
         """Whether a task may start now; it is then taken off the room that is left."""
-        ends_before = self.holder and task.seconds_max is not None and task.seconds_max <= self._gap_seconds
+        ends_before = task.seconds_max is not None and task.seconds_max <= self.gap_seconds
         if task.ranks > (self.free if ends_before else self.open_places):
             return False
         self.free -= task.ranks
-        self._spare -= 0 if ends_before else task.ranks
+        self.kept = min(self.kept, self.free)
         return True
 
     def promise(self, task: Waiting) -> None:
         """Keep what is free, and what comes back within a minute, for a task."""
         now = min(self.open_places, task.ranks)
         self.free -= now
-        self._spare -= now
         self.soon -= task.ranks - now
-        self.holder = self.holder or (task.task_id if now else "")
 
-    def reserve(self, task: Waiting) -> None:
-        """Keep for a task what it needs of the places that are free when enough have come back."""
-        free = self.free
-        self.holder, self._gap_seconds = task.task_id, 0.0
-        for order in self.running:
-            if free >= task.ranks:
-                break
-            free += order.ranks
-            self._gap_seconds = _ends_in(order)
-        self._spare = max(0, free - task.ranks)
+    def hold(self, gone: Sequence[Worker], gap_seconds: float, ranks: int, growth: int) -> None:
+        """Some of its room is another pool's.
+
+        Args:
+            gone: Workers of it that have to go.
+            ranks: Places of each.
+            growth: Workers that it may start all the same.
+        """
+        idle = sum(worker.is_idle for worker in gone)
+        soon = sum(not one.is_idle and one.ends_in is not None and one.ends_in <= SOON_SECONDS for one in gone)
+        lost = max(0, self.pool.further - ranks * growth)
+        self.kept, self.gap_seconds = min(ranks * idle, self.free), gap_seconds
+        self.soon -= ranks * soon + lost
+        self.is_held = bool(gone) or lost > 0 or self.pool.is_short
 
 
 class _Round:
@@ -198,12 +227,20 @@ class _Round:
             name: _Room(pool, (order for order in running if order.pool == name))
             for name, pool in situation.pools.items()
         }
-        self._turns = Turns(situation.waiting, situation.use_seconds, running, situation.shares, situation.now)
+        self._turns = Turns(
+            situation.waiting, situation.use_seconds, running, situation.shares, situation.now, situation.gpu_seconds
+        )
         self._starts: list[Start] = []
         self._preemptions: list[Preemption] = []
         self._waits: dict[str, Wait] = {}
         self._reserved: dict[str, str] = {}
+        self._clearing: Clearing | None = None
+        """Room that is made for the task that it is reserved for."""
+        self._growth: dict[str, int] = {}
+        self._fits_since: float | None = None
         self._promised: list[str] = []
+        self._again_at: list[float] = []
+        """Times at which to decide anew."""
         self._gave_back: dict[tuple[str, str], tuple[float, str]] = {}
         """Pool and team to when its foremost task that gave its places back may borrow again, and that task."""
 
@@ -224,8 +261,26 @@ class _Round:
             self._waits,
             self._behind(),
             self._reserved,
+            self._kept_workers(),
+            self._ends(),
+            self._growth,
+            self._fits_since,
             tuple(self._promised),
+            min(self._again_at, default=None),
         )
+
+    def _kept_workers(self) -> frozenset[str]:
+        workers = self._clearing.workers if self._clearing is not None else ()
+        return frozenset(worker.name for worker in workers if worker.is_idle)
+
+    def _ends(self) -> tuple[str, ...]:
+        """What ends so that the room is there: all of it once none of it has anything to do, and what other pools have
+        asked for and would get it first."""
+        if self._clearing is None:
+            return ()
+        waiting = (one for one in self._situation.workers if not one.machines and one.pool not in self._reserved)
+        gone = self._clearing.workers if self._clearing.is_idle else ()
+        return tuple(worker.name for worker in (*gone, *waiting))
 
     def _kept(self) -> list[Waiting]:
         """Tasks that are looked at before all others. Each has been the first in turn, and the places that it waits
@@ -250,7 +305,11 @@ class _Round:
         room = self._rooms.get(task.pool)
         if room is None or task.ranks > room.pool.capacity:
             self._wait(task, WaitCode.NEVER_FITS)
+        elif not room.pool.ready and room.is_held:
+            self._wait(task, WaitCode.RESERVED_FOR, about=self._holder)
         elif not room.pool.ready:
+            if not self._turns.borrows(task):
+                self._reserve(task, room)
             wait = of_a_pool_without_workers(task.pool, room.pool)
             self._wait(task, wait.code, wait.about, since=wait.since)
         elif (gave_back := self._borrows_behind(task)) is not None:
@@ -282,23 +341,54 @@ class _Round:
         for order in taken:
             self._preemptions.append(Preemption(order.task_id, order.team, task.task_id, task.team))
             room.soon += order.ranks
-        is_first = task.pool not in self._reserved
         if lacks <= room.soon:
             if taken or task.task_id in self._situation.promised:
                 self._promised.append(task.task_id)
-            elif is_first and room.open_places:
-                self._reserved[task.pool] = task.task_id
             room.promise(task)
             self._turns.promise(task)
             self._wait(task, WaitCode.ABOUT_TO_START, about=next((order.task_id for order in taken), ""))
-        elif room.open_places and is_first:
-            self._reserved[task.pool] = task.task_id
-            room.reserve(task)
-            self._wait(task, WaitCode.NO_FREE_PLACE)
-        elif room.pool.kept or (room.holder and task.ranks <= room.pool.free):
-            self._wait(task, WaitCode.RESERVED_FOR, about=room.holder)
+        elif room.pool.kept or room.kept or room.is_held:
+            self._wait(task, WaitCode.RESERVED_FOR, about=self._holder if room.kept or room.is_held else "")
         else:
+            self._reserve(task, room)
             self._wait(task, WaitCode.NO_FREE_PLACE)
+
+    @property
+    def _holder(self) -> str:
+        """Task that room on machines is reserved for."""
+        return next(iter(self._reserved.values()), "")
+
+    def _reserve(self, task: Waiting, room: _Room) -> None:
+        """Reserve room for a worker of a task's pool, if that waits for some and nobody has a reservation."""
+        situation, shapes = self._situation, self._shapes
+        if self._reserved or not room.pool.is_short or task.pool not in shapes or not situation.machines:
+            return
+        clearing = cleared(task.pool, shapes, situation.machines, situation.workers)
+        if clearing is None:
+            return
+        own = min((_ends_in(order) for order in room.running), default=math.inf)
+        if not clearing.is_idle and own <= clearing.gap_seconds:
+            return  # a worker of its own pool is free before
+        if not clearing.workers:
+            # Ray has room and is about to use it. Where it does not, it sees something that is not known here.
+            was_reserved = task.task_id in situation.reserved.values()
+            since = situation.fits_since or situation.now
+            if not was_reserved or situation.now - since > SOON_SECONDS:
+                return
+            self._fits_since = since
+            self._again_at.append(since + SOON_SECONDS + 1)
+        self._clearing = clearing
+        self._reserved[task.pool] = task.task_id
+        self._growth = growth(clearing, task.pool, shapes, situation.machines)
+        for name, other in self._rooms.items():
+            if name != task.pool and name in shapes:
+                gone = [one for one in clearing.workers if one.pool == name]
+                other.hold(gone, clearing.gap_seconds, shapes[name].ranks, self._growth[name])
+
+    @property
+    def _shapes(self) -> dict[str, Shape]:
+        pools = self._situation.pools
+        return {name: pool.shape for name, pool in pools.items() if pool.shape is not None}
 
     def _given_back(self, task: Waiting, room: _Room, lacks: int) -> tuple[Running, ...]:
         """Attempts of teams beyond their quotas that give so many places back; none if they have too few."""
@@ -311,19 +401,25 @@ class _Round:
         for order in self._situation.running:  # in other pools too: a quota is of all places
             if order.team in excess and (order.stops or order.task_id in told):
                 excess[order.team] -= order.ranks
-        can = [order for order in room.running if _may_be_preempted(order) and order.task_id not in told]
+        can = [order for order in room.running if self._may_be_preempted(order) and order.task_id not in told]
         chosen: list[Running] = []
         while lacks > 0:
             of_excess = [order for order in can if excess[order.team] > 0 and order.team != task.team]
             if not of_excess:
+                spared = (_spared_until(order) for order in room.running if excess[order.team] > 0)
+                self._again_at += [until for until in spared if until > self._situation.now]
                 return ()
             # The team that is furthest beyond its quota, and of its attempts the one that began last.
-            newest = max(of_excess, key=lambda order: (excess[order.team], order.team, order.since, order.task_id))
+            newest = max(of_excess, key=lambda order: (excess[order.team], order.team, *_newest(order)))
             chosen.append(newest)
             can.remove(newest)
             excess[newest.team] -= newest.ranks
             lacks -= newest.ranks
         return tuple(chosen)
+
+    def _may_be_preempted(self, order: Running) -> bool:
+        is_spared = _spared_until(order) > self._situation.now
+        return bool(order.task_id) and not (order.stops or is_spared or _ends_soon(order))
 
     def _wait(
         self,
@@ -337,6 +433,7 @@ class _Round:
         before = self._situation.waits.get(task.task_id)
         if since is None:
             since = before.since if before is not None and before.code is code else self._situation.now
+        self._again_at += [] if until is None else [until]
         self._waits[task.task_id] = Wait(code=code, pool=task.pool, about=about, since=since, until=until)
 
 
@@ -347,7 +444,7 @@ _OF_NO_WORKER = (
     WaitCode.BASE_MODEL_LOADING,
 )
 """Reasons of a pool of which no worker is ready."""
-_OF_ALL = (WaitCode.OVER_QUOTA, *_OF_NO_WORKER)
+_OF_ALL = (WaitCode.OVER_QUOTA, WaitCode.RESERVED_FOR, *_OF_NO_WORKER)
 """Reasons that hold for a team's later tasks as well."""
 
 
@@ -376,5 +473,11 @@ def _ends_soon(order: Running) -> bool:
     return order.seconds_left is not None and order.seconds_left <= SOON_SECONDS
 
 
-def _may_be_preempted(order: Running) -> bool:
-    return bool(order.task_id) and not (order.stops or order.was_preempted or _ends_soon(order))
+def _spared_until(order: Running) -> float:
+    """Unix time until which an attempt is left alone."""
+    return order.since + SPARED_SECONDS if order.was_preempted else -math.inf
+
+
+def _newest(order: Running) -> tuple[bool, float, str]:
+    """What attempts are compared by: of two the larger one gives back first."""
+    return not order.was_preempted, order.since, order.task_id

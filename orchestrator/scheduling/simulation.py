@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.errors import InvalidInput
 from configs.settings import PoolSettings
 from orchestrator.scheduling import estimate
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.estimate import Estimate, Told, pace_of
 from orchestrator.scheduling.fair_share import DecayedSum, Running, Share, Use, Waiting, running_order
-from orchestrator.scheduling.pools import Seat, ends_at, resized
-from orchestrator.scheduling.scheduler import LOOK, Decision, Pool, Situation, decide
+from orchestrator.scheduling.machines import Room, Worker, ranks_on
+from orchestrator.scheduling.pools import Seat, ends_at, resized, shape_of
+from orchestrator.scheduling.scheduler import LOOK, SPARED_SECONDS, Decision, Pool, Situation, decide
+from workers.gang import GB, needed
 
 LOAD_SECONDS = 60.0
 """Time from asking for a worker until its base model is loaded, where a machine is there, unless another is given: a
 small one takes ten seconds, one of 7B from a slow disk two minutes."""
+PLACE_SECONDS = 5.0
+"""Time after which it is looked what room there is for a worker that found none; as in a service."""
 CHECKPOINT_SECONDS = 30.0
 """Time from the word to stop to the checkpoint: a step, and an upload."""
 TOLD_MAX = 500
@@ -45,7 +51,8 @@ class Course:
     ended_at: float | None = None
     preemptions: int = 0
     preempted_in_a_row: int = 0
-    """Most of its attempts, one after another, that had to give their places back."""
+    """Most of its attempts, one after another, that had to give their places back, each before it had run for as long
+    as one is left alone that follows such an attempt."""
     told: Estimate | None = None
     """Estimate at its arrival."""
     queued_at: tuple[float, ...] = ()
@@ -78,6 +85,8 @@ class Simulation:
     load_seconds: float = LOAD_SECONDS
     """Time from asking for a worker until it is ready, as assumed."""
     end_seconds: float = 0.0
+    machines: Sequence[Room] = ()
+    """What each machine has that the pools share; none: there was room for all."""
 
     @property
     def last_arrival(self) -> float:
@@ -90,6 +99,7 @@ def simulate(
     pools: Mapping[str, PoolSettings],
     seed: int = 0,
     load_seconds: float = LOAD_SECONDS,
+    machines: Sequence[Room] = (),
 ) -> Simulation:
     """Let the arrivals go through the scheduler until the last has ended.
 
@@ -97,7 +107,8 @@ def simulate(
         arrivals: By time.
         pools: Each with `min` workers that are ready at once.
         seed: Of the errors with which running tasks say when they end.
-        load_seconds: Time from asking for a worker until it is ready.
+        load_seconds: Time from asking for a worker until it is ready, where there is room for it.
+        machines: What each machine has that the pools share, by Ray's names of resources; default: room for all.
 
     Returns:
         The same for the same arguments.
@@ -106,7 +117,26 @@ def simulate(
         A decision for each arrival and each end, some 0.1 ms for ten teams, and `TOLD_MAX` estimates of 1 ms for every
         ten tasks that wait.
     """
-    return _World(arrivals, shares, pools, seed, load_seconds).run()
+    return _World(arrivals, shares, pools, seed, load_seconds, machines).run()
+
+
+def machines_alike(
+    pools: Mapping[str, PoolSettings], count: int, cpus: float, gpus: float, memory_gb: float
+) -> tuple[Room, ...]:
+    """So many machines for `simulate`, each with these resources.
+
+    Raises:
+        InvalidInput: They have no room for the workers that a pool always keeps, or for one; names the pool.
+    """
+    room = {"CPU": cpus, "GPU": gpus, "memory": memory_gb * GB}
+    for name, pool in pools.items():
+        workers = count * ranks_on(room, shape_of(pool).needs) // pool.ranks
+        if workers < max(1, pool.min):
+            what = (
+                f"the machines have room for {workers} workers of pool '{name}', and it has {max(1, pool.min)} or more"
+            )
+            raise InvalidInput(what, "machines", f"a worker of it takes {pool.ranks} times {needed(pool)}")
+    return (room,) * count
 
 
 @dataclass
@@ -137,8 +167,11 @@ class _Worker:
 
     name: str
     ready_at: float
+    """When it has loaded the base model; infinite while no machine has room for it."""
     since: float
     idle_since: float | None
+    machines: tuple[int, ...] = ()
+    """Machine of each of its ranks."""
 
 
 @dataclass
@@ -150,6 +183,7 @@ class _World:
     pools: Mapping[str, PoolSettings]
     seed: int
     load_seconds: float
+    machines: Sequence[Room] = ()
     now: float = 0.0
     decision: Decision = field(default_factory=Decision)
 
@@ -174,6 +208,8 @@ class _World:
         self._workers: dict[str, list[_Worker]] = {name: [] for name in self.pools}
         self._has: dict[str, list[_Worker]] = {}
         """Task to its workers."""
+        self._free = [dict(room) for room in self.machines]
+        """What each machine has left."""
         self._there: dict[str, float] = dict.fromkeys(self.pools, 0.0)
         self._used_in: dict[str, float] = dict.fromkeys(self.pools, 0.0)
         for name in self.pools:
@@ -217,6 +253,7 @@ class _World:
             load_seconds=self.load_seconds,
             give_back_seconds=tuple(self._give_backs),
             end_seconds=self.now,
+            machines=tuple(self.machines),
         )
 
     # --- what happens --------------------------------------------------------------------------------------------
@@ -230,6 +267,7 @@ class _World:
             submitted_at=arrival.at_seconds,
             pool=arrival.pool,
             ranks=arrival.ranks,
+            gpus=self.pools[arrival.pool].gpus,
             seconds_max=arrival.max_run_seconds,
             preempted_at=task.preempted_at,
         )
@@ -245,7 +283,8 @@ class _World:
         for worker in self._has.pop(task.name):
             worker.idle_since = self.now
         team, ranks = task.arrival.team, task.arrival.ranks
-        use = Use(team=team, seconds=ranks * ran, ended_at=self.now)
+        gpus = self.pools[task.arrival.pool].gpus
+        use = Use(team=team, seconds=ran, ended_at=self.now, places=ranks, gpus=gpus)
         self._used[team] = self._used.get(team, DecayedSum()).plus(use)
         in_time = ranks * max(0.0, min(self.now, self._until) - min(task.since, self._until))
         self._place_seconds[team] += in_time
@@ -253,7 +292,7 @@ class _World:
         task.left -= ran
         course = self._courses[task.number]
         if task.stops and task.left > 0:
-            task.preempted_at, task.in_a_row = self.now, task.in_a_row + 1
+            task.preempted_at, task.in_a_row = self.now, task.in_a_row + 1 if ran < SPARED_SECONDS else 1
             self._courses[task.number] = replace(
                 course,
                 preemptions=course.preemptions + 1,
@@ -281,8 +320,12 @@ class _World:
                 waiting=waiting,
                 running=running,
                 use_seconds=self._use_seconds(),
+                gpu_seconds=self._gpu_seconds(),
                 shares=self.shares,
+                machines=self._room(),
+                workers=self._on_machines(),
                 reserved=self.decision.reserved,
+                fits_since=self.decision.fits_since,
                 promised=self.decision.promised,
             )
         )
@@ -302,8 +345,6 @@ class _World:
         at = bisect.bisect_left(line, (-task.arrival.priority, task.arrival.at_seconds, task.number))
         del line[at]
         task.since, task.attempt = self.now, task.attempt + 1
-        if task.preempted_at is None:
-            task.in_a_row = 0
         self._running[task.name] = task
         self._has[task.name] = self._given(task)
         self._later(task, self.now + task.left)
@@ -328,6 +369,7 @@ class _World:
         """The workers that a task gets: as many as have its places together."""
         pool = task.arrival.pool
         free = [one for one in self._workers[pool] if one.idle_since is not None and one.ready_at <= self.now]
+        free.sort(key=lambda worker: worker.name in self.decision.kept)
         given = free[: -(-task.arrival.ranks // self.pools[pool].ranks)]
         for worker in given:
             worker.idle_since = None
@@ -335,27 +377,89 @@ class _World:
 
     def _resize_all(self, waiting: Sequence[Waiting]) -> None:
         waits = self.decision.waits
+        for name, workers in self._workers.items():
+            for worker in [one for one in workers if one.name in self.decision.ends and one.idle_since is not None]:
+                self._end(name, worker)
+        self._place()
         for name in self.pools:
             mine = (waits.get(task.task_id) for task in waiting if task.pool == name)
             wanted = sum(wait is not None and wait.until is None for wait in mine)
             self._resize(name, wanted, self.now + self.load_seconds)
+        self._place()
 
     def _resize(self, pool: str, wanted: int, ready_at: float) -> None:
         settings, workers = self.pools[pool], self._workers[pool]
-        seats = [Seat(name=one.name, idle_since=one.idle_since, loads=one.ready_at > self.now) for one in workers]
-        change = resized(pool, settings, seats, wanted, self.now)
+        seats = [
+            Seat(name=one.name, idle_since=one.idle_since, loads=self.now < one.ready_at < math.inf) for one in workers
+        ]
+        change = resized(pool, settings, seats, wanted, self.now, starts_max=self.decision.growth.get(pool))
         for name in change.starts:
-            workers.append(_Worker(name, ready_at, self.now, ready_at))
-            self._come_back(ready_at)
+            workers.append(worker := _Worker(name, ready_at, self.now, ready_at))
+            if not self.machines or self._find_room(pool, worker):
+                self._come_back(ready_at)
+            else:
+                worker.ready_at = worker.since = math.inf
+                worker.idle_since = self.now
+                self._come_back(self.now + PLACE_SECONDS)
         for worker in [one for one in workers if one.name in change.ends]:
-            self._count(pool, worker)
-            workers.remove(worker)
+            self._end(pool, worker)
         if len(workers) > settings.min and (at := ends_at(settings, seats)) is not None and at > self.now:
             self._come_back(at)
 
+    def _end(self, pool: str, worker: _Worker) -> None:
+        self._count(pool, worker)
+        self._workers[pool].remove(worker)
+        for machine in worker.machines:
+            for kind, amount in shape_of(self.pools[pool]).needs.items():
+                self._free[machine][kind] += amount
+
+    def _place(self) -> None:
+        """Find room for workers that wait for some, as Ray does."""
+        for name, workers in self._workers.items():
+            for worker in workers:
+                if math.isinf(worker.ready_at) and self._find_room(name, worker):
+                    worker.since = self.now
+                    worker.ready_at = worker.idle_since = self.now + self.load_seconds
+                    self._come_back(worker.ready_at)
+
+    def _find_room(self, pool: str, worker: _Worker) -> bool:
+        shape, found = shape_of(self.pools[pool]), list[int]()
+        for number, room in enumerate(self._free):
+            found += [number] * min(ranks_on(room, shape.needs), shape.ranks - len(found))
+        if len(found) < shape.ranks:
+            return False
+        worker.machines = tuple(found)
+        for machine in found:
+            for kind, amount in shape.needs.items():
+                self._free[machine][kind] -= amount
+        return True
+
+    def _room(self) -> dict[str, Room]:
+        """As a service sees it: nothing while no worker waits for room."""
+        is_any_short = any(math.isinf(one.ready_at) for workers in self._workers.values() for one in workers)
+        return {str(number): room for number, room in enumerate(self._free)} if is_any_short else {}
+
+    def _on_machines(self) -> list[Worker]:
+        at_work = {id(worker): self._tasks[int(task)] for task, workers in self._has.items() for worker in workers}
+        return [
+            Worker(
+                name=one.name,
+                pool=name,
+                machines=tuple(dict.fromkeys(map(str, one.machines))),
+                is_idle=one.idle_since is not None and one.ready_at <= self.now,
+                ends_in=self._left(at_work[id(one)]) if id(one) in at_work else None,
+            )
+            for name, workers in (self._workers.items() if self.machines else ())
+            for one in workers
+        ]
+
+    def _left(self, task: _Task) -> float:
+        """Seconds until a task ends, as it says."""
+        return max(0.0, task.since + task.left - self.now) * task.doubt
+
     def _count(self, pool: str, worker: _Worker) -> None:
         """Add the time for which a worker that ends was there."""
-        there = max(0.0, min(self.now, self._until) - min(worker.since, self._until))
+        there = max(0.0, min(self.now, self._until) - min(worker.since, self._until))  # none where it never had room
         self._there[pool] += self.pools[pool].ranks * there
 
     def _come_back(self, at: float) -> None:
@@ -368,11 +472,17 @@ class _World:
     def _pool(self, name: str) -> Pool:
         settings, workers = self.pools[name], self._workers[name]
         ready = [one for one in workers if one.ready_at <= self.now]
+        is_short = any(math.isinf(one.ready_at) for one in workers)
+        further = 0 if is_short else settings.max - len(workers)
         return Pool(
             capacity=settings.ranks * settings.max,
             ready=settings.ranks * len(ready),
             free=settings.ranks * sum(one.idle_since is not None for one in ready),
-            coming=settings.ranks * (settings.max - len(ready)),
+            coming=settings.ranks * (further + sum(self.now < one.ready_at < math.inf for one in workers)),
+            further=settings.ranks * further,
+            shape=shape_of(settings),
+            is_short=is_short,
+            is_placeless=bool(workers) and all(math.isinf(one.ready_at) for one in workers),
         )
 
     # --- what the scheduler is handed ----------------------------------------------------------------------------
@@ -385,7 +495,8 @@ class _World:
                 task_id=task.name,
                 pool=task.arrival.pool,
                 ranks=task.arrival.ranks,
-                seconds_left=max(0.0, task.since + task.left - self.now) * task.doubt,
+                gpus=self.pools[task.arrival.pool].gpus,
+                seconds_left=self._left(task),
                 stops=task.stops,
                 was_preempted=task.preempted_at is not None,
             )
@@ -395,6 +506,9 @@ class _World:
     def _use_seconds(self) -> dict[str, float]:
         return {team: used.at_time(self.now) for team, used in self._used.items()}
 
+    def _gpu_seconds(self) -> dict[str, float]:
+        return {team: used.gpus_at_time(self.now) for team, used in self._used.items()}
+
     def _tell(self, come: Sequence[_Task]) -> None:
         """Tell arrivals when they would start, as `onebasis submit --dry-run` does."""
         asking = [task for task in come if task.number % self._tell_each == 0]
@@ -403,18 +517,20 @@ class _World:
         running = self._at_work()
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
-        order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
-        kept = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
+        order = running_order(
+            waiting, self._use_seconds(), running, self.shares, now=self.now, gpu_seconds=self._gpu_seconds()
+        )
+        expected = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
         for task in asking:
             name = task.arrival.pool
             pace = pace_of(self._ended[name][-PACE_TASKS:])
             ahead = (by_id[task_id] for task_id in order[: order.index(task.name) + 1])
             line = [one for one in ahead if one.pool == name]
             there = [one for one in running if one.pool == name]
-            known, asked, coming = [*self._told, *self._late()], (task.name,), self._loading(name)
+            known, asked, coming = [*self._told, *self._waiting()], (task.name,), self._loading(name)
             free = self._pool(name).free
             told = estimate.estimate_starts(
-                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, kept=kept
+                line, there, free, pace, known, now=self.now, asked=asked, coming=coming, expected=expected
             ).get(task.name)
             if told is not None:
                 self._asked[task.number] = told
@@ -423,13 +539,14 @@ class _World:
     def _loading(self, name: str) -> list[float]:
         """Seconds until each place is free that the pool's workers will have once they have loaded."""
         settings, workers = self.pools[name], self._workers[name]
-        seconds = [one.ready_at - self.now for one in workers if one.ready_at > self.now]
-        seconds += [self.load_seconds] * (settings.max - len(workers))
+        seconds = [one.ready_at - self.now for one in workers if self.now < one.ready_at < math.inf]
+        seconds += [self.load_seconds] * (self._pool(name).further // settings.ranks)
         return [one for one in seconds for _ in range(settings.ranks)]
 
-    def _late(self) -> list[Told]:
-        waited = ((told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items())
-        return [one for told, seconds in waited if (one := estimate.late(told, seconds)) is not None]
+    def _waiting(self) -> list[Told]:
+        return [
+            estimate.waiting(told, self.now - self.arrivals[number].at_seconds) for number, told in self._asked.items()
+        ]
 
 
 # --- what it shows -----------------------------------------------------------------------------------------------
@@ -462,6 +579,7 @@ def report(simulation: Simulation) -> dict[str, Any]:
     `jain` is about the place-seconds that each team used until the last arrival, over its weight, None where there was
     nothing to share: one team alone, or nobody waited; `utilisation` is about the same time. `give_back_seconds_max` is
     the longest time from the word to a borrower to the start of a task of the team that the places are for;
+    `preempted_in_a_row_max` is 1 at the most: see `Course.preempted_in_a_row`;
     `start_in_stated_interval` is the share of starts that fell into the interval that was told at arrival, for
     `TOLD_MAX` arrivals.
     """
@@ -478,8 +596,10 @@ def report(simulation: Simulation) -> dict[str, Any]:
         if waited and any(used.values()) and len({course.arrival.team for course in courses}) > 1
         else None,
         "load_seconds": simulation.load_seconds,
+        "machines": len(simulation.machines) or None,
         "checkpoint_seconds": CHECKPOINT_SECONDS,
         "preemptions": sum(course.preemptions for course in courses),
+        "preemptions_of_one_task_max": max((course.preemptions for course in courses), default=0),
         "preempted_in_a_row_max": max((course.preempted_in_a_row for course in courses), default=0),
         "give_back_seconds_max": max(simulation.give_back_seconds, default=None),
         "start_in_stated_interval": inside(courses),

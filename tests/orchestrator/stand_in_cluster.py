@@ -67,6 +67,8 @@ class StandInCluster:
         """Machines on which nothing new is placed."""
         self.keeps_away: dict[str, frozenset[str]] = {}
         """Worker to the machines that were avoided when it was asked for: Ray never places it there."""
+        self.free: dict[str, dict[str, float]] = {}
+        """Machine to what is free there, as Ray says it."""
         self.sizes: Callable[[str, str], bool] = lambda pool, machine: True
         """Whether a worker of a pool has room on a machine with nothing else on it."""
         self._placeless: list[tuple[str, Future[Any]]] = []
@@ -166,6 +168,9 @@ class StandInCluster:
 
     def large_enough(self, pool: str, machines: Collection[str]) -> tuple[str, ...]:
         return tuple(sorted(machine for machine in machines if self.sizes(pool, machine)))
+
+    def room(self) -> dict[str, dict[str, float]]:
+        return {machine: dict(room) for machine, room in self.free.items() if machine not in self.avoided}
 
     def _place(self, worker: str) -> str:
         """The machine that a worker is on; empty while it waits for one, as it is not placed where it must not be."""

@@ -14,6 +14,7 @@ from orchestrator import worker_pool
 from orchestrator.api.requests import Cancel, DrainWorker, ListTasks, ShowTask
 from orchestrator.api.service import Service
 from orchestrator.scheduling.fair_share import Waiting
+from orchestrator.scheduling.pools import pool_of
 from orchestrator.scheduling.reasons import WaitCode
 from orchestrator.tasks.task_record import Drain, TaskState
 from tests.builders import BASE, LAYOUT
@@ -102,6 +103,80 @@ def test_two_pools_do_not_block_each_other_and_a_gang_is_charged_for_all_its_pla
     plant.run(lambda: plant.get("red/large").state is TaskState.PUBLISHED)
     (spent, *_) = [one for one in plant.queue.spent(plant.get("red/large").task_id) if one.token == token]
     assert (spent.seconds, spent.places) == (2.5, 4)
+
+
+class OneMachine:
+    """A machine with so many CPUs, on which Ray places workers as long as there is room."""
+
+    def __init__(self, plant: Plant, cpus: float) -> None:
+        self._plant, self._cpus = plant, cpus
+        self.there: list[str] = []
+        plant.cluster.machine_of = self.machine_of
+        plant.cluster.free = self  # type: ignore[assignment]
+
+    def items(self) -> list[tuple[str, dict[str, float]]]:
+        return [("10.0.0.1", {"CPU": self._left()})]
+
+    def machine_of(self, worker: str) -> str:
+        if worker not in self.there and self._left() >= self._takes(worker):
+            self.there.append(worker)
+        return "10.0.0.1" if worker in self.there else ""
+
+    def _takes(self, worker: str) -> float:
+        pool = self._plant.settings.pools[pool_of(worker)]
+        return pool.ranks * pool.cpus
+
+    def _left(self) -> float:
+        self.there = [worker for worker in self.there if worker in self._plant.cluster.workers]
+        return self._cpus - sum(map(self._takes, self.there))
+
+
+def test_pools_on_one_machine_make_room_for_each_other_and_no_stream_of_small_tasks_starves_a_gang(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(worker_pool, "PLACE_SECONDS", 0.0)
+    plant = make_plant(pools={"small": {"max": 3}, "gang": {"max": 1, "ranks": 2}})
+    machine = OneMachine(plant, cpus=2.0)
+    plant.cluster.hold = trains
+    plant.submit(*(f"red/{n}" for n in range(6)), pool="small")
+    plant.run(lambda: len(at_work(plant)) == 2)
+    (large,) = plant.submit("blue/large", pool="gang")
+    plant.run(lambda: plant.controller.decision.reserved == {"gang": large.task_id})
+    asked = service(plant).tasks
+    held_back = asked.one(ShowTask(reference="red/5"))
+    assert held_back["wait"]["code"] == "reserved-for"
+    assert "free places are kept for blue/large" in held_back["why"]
+    assert asked.one(ShowTask(reference="blue/large"))["wait"]["code"] == "gang-incomplete"
+
+    # Both small ones end, and a gang takes their room before red's other tasks get it.
+    plant.cluster.release()
+    plant.cluster.hold = trains
+    plant.run(lambda: at_work(plant) == {"blue/large": "gang-0"})
+    assert machine.there == ["gang-0"]
+    plant.cluster.release()
+    plant.run()  # the gang, idle for less than its idle_seconds, makes room in its turn
+    assert set(plant.states().values()) == {"published"}
+    assert "gang-0" in plant.cluster.ended
+
+
+def test_where_an_autoscaler_adds_machines_nothing_is_reserved(
+    make_plant: MakePlant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(worker_pool, "PLACE_SECONDS", 0.0)
+    plant = make_plant(pools={"small": {"max": 2}, "gang": {"max": 1, "ranks": 2}}, ray={"adds_machines": True})
+    OneMachine(plant, cpus=2.0)
+    plant.cluster.hold = trains
+    plant.submit(*(f"red/{n}" for n in range(4)), pool="small")
+    plant.run(lambda: len(at_work(plant)) == 2)
+    plant.submit("blue/large", pool="gang")
+    plant.run(lambda: "gang-0" in plant.cluster.workers)
+    plant.cluster.release()
+    plant.cluster.hold = trains
+    plant.run(lambda: len(at_work(plant)) == 2)
+    assert set(at_work(plant).values()) == {"small-0", "small-1"}
+    assert plant.controller.decision.reserved == {}
 
 
 def test_a_service_whose_pools_are_all_empty_loads_the_base_model_once_and_gives_the_worker_back(

@@ -294,6 +294,11 @@ def test_arrivals_are_simulated_under_the_settings_of_the_service(onebasis: Oneb
     marked = tmp_path / "marked.csv"
     marked.write_text(table.read_text(), encoding="utf-8-sig")  # as Excel writes UTF-8
     assert json.loads(onebasis("simulate", str(marked), "--json").stdout) == found
+    on_two = json.loads(onebasis("simulate", str(table), "--machines", "2", "--cpus", "1", "--json").stdout)
+    assert on_two == found | {"machines": 2}  # a machine for each of the pool's workers
+    small = onebasis("simulate", str(table), "--cpus", "0.5")
+    assert (small.exit_code, "room for 0 workers of pool 'default'" in small.stderr) == (2, True)
+    assert "add --cpus" in onebasis("simulate", str(table), "--gpus", "1").stderr
     table.write_text("at_seconds,team,seconds\n0,green,100\n")
     refused = onebasis("simulate", str(table))
     assert (refused.exit_code, "there is no team 'green'" in refused.stderr) == (2, True)

@@ -110,6 +110,11 @@ def test_a_drained_worker_ends_when_it_has_nothing_to_do_and_its_place_stays_emp
     assert resized("one", ONE, [], 5, NOW, taken=["one-0"]) == Change(("one-1", "one-2"))  # of three, one is out
 
 
+def test_while_room_is_made_for_another_pool_no_more_start_than_may() -> None:
+    assert resized("one", ONE, [], 3, NOW, starts_max=1) == Change(("one-0",))
+    assert resized("one", ONE, [], 3, NOW, starts_max=0) == Change()
+
+
 def test_a_worker_on_a_drained_machine_is_made_up_for_elsewhere() -> None:
     assert resized("one", ONE, [drained(0, NOW)], 0, NOW) == Change(("one-1",), ("one-0",))
 
@@ -143,15 +148,6 @@ def test_a_full_pool_keeps_nobody_from_another_and_a_gang_starts_beside_a_single
     later = decision.wait_of("red/z", "single", "red")
     assert later == Wait(code=WaitCode.NO_FREE_PLACE, pool="single")
     assert decision.wait_of("blue/z", "gang", "blue") is None  # none of blue's was in that line
-
-
-def test_a_reservation_is_of_one_pool() -> None:
-    large, small = waits("red/large", "gang", ranks=4), waits("blue/small", "single")
-    two_free = Pool(capacity=4, ready=4, free=2)
-    running = (Running("green", 0.0, task_id="g", pool="gang", ranks=2, seconds_left=500.0),)
-    decision = decided([large, small], {"gang": two_free, "single": FREE}, running)
-    assert decision.reserved == {"gang": "red/large"}
-    assert [start.task_id for start in decision.starts] == ["blue/small"]
 
 
 def test_of_a_pool_that_can_grow_nothing_is_taken_back() -> None:

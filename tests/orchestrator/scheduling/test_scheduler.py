@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from configs.settings import DEFAULT_POOL
 from orchestrator.scheduling.fair_share import STEADY_WEEKS, Running, Share, Waiting, running_order
+from orchestrator.scheduling.machines import Shape, Worker
 from orchestrator.scheduling.reasons import Wait, WaitCode
 from orchestrator.scheduling.scheduler import (
     PATIENCE_SECONDS,
     SOON_SECONDS,
+    SPARED_SECONDS,
     Decision,
     Pool,
     Situation,
@@ -152,6 +154,15 @@ def test_a_team_beyond_its_week_borrows() -> None:
     assert sum(0.5 ** (hour / 168) for hour in range(10_000)) / 168 == pytest.approx(STEADY_WEEKS, rel=0.01)
 
 
+def test_a_team_beyond_its_gpu_hours_borrows_however_few_places_it_had() -> None:
+    week = {"red": Share(gpu_seconds_a_week=1000.0, place_seconds_a_week=1e9)}
+    tasks = [waits("red/a", 1), waits("blue/b", 2)]
+    used: dict[str, Any] = {"use_seconds": {"red": 1000.0 * STEADY_WEEKS, "blue": 1e9}}
+    over = decided(tasks, capacity=1, shares=week, gpu_seconds={"red": 1000.0 * STEADY_WEEKS}, **used)
+    assert (started(over), codes(over)) == (["blue/b"], {"red/a": "over-quota"})
+    assert started(decided(tasks, capacity=1, shares=week, **used)) == ["red/a"]  # on CPUs alone
+
+
 BORROWED = [runs("red/old", 1.0), runs("red/mid", 2.0), runs("red/new", 3.0), runs("blue/x", 4.0)]
 QUOTAS = {"red": 1, "blue": 3}
 
@@ -183,14 +194,37 @@ def test_without_a_quota_nobody_gives_anything_back() -> None:
 
 @pytest.mark.parametrize(
     "spared",
-    [{"seconds_left": SOON_SECONDS}, {"was_preempted": True}, {"task_id": ""}],
-    ids=["it ends within a minute", "it gave its place back the last time", "a version waits for it"],
+    [
+        {"seconds_left": SOON_SECONDS},
+        {"was_preempted": True, "since": NOW - SPARED_SECONDS + 1},
+        {"was_preempted": True},
+        {"task_id": ""},
+    ],
+    ids=[
+        "it ends within a minute",
+        "it gave its place back ten minutes ago",
+        "it gave its place back the last time, and another did not",
+        "a version waits for it",
+    ],
 )
 def test_some_are_left_alone(spared: dict[str, Any]) -> None:
     running = [*BORROWED[:2], replace(BORROWED[2], **spared), BORROWED[3]]
     decision = decided([waits("blue/a")], running, quotas=QUOTAS)
     # What ends within a minute is waited for; else the next one gives back.
     assert preempted(decision) == ([] if "seconds_left" in spared else ["red/mid"])
+
+
+def test_what_gave_its_place_back_is_left_alone_for_ten_minutes_and_no_longer() -> None:
+    again = runs("red/again", NOW - 100.0, was_preempted=True)
+    tasks, running = [waits("blue/a")], [runs("red/x"), again]
+    spared = decided(tasks, running, capacity=2, quotas={"red": 1, "blue": 2})
+    assert preempted(spared) == ["red/x"]  # it began before the other, which is left alone
+    alone = [replace(running[0], was_preempted=True, since=NOW - 50.0), again]
+    waits_for_it = decided(tasks, alone, capacity=2, quotas={"red": 1, "blue": 2})
+    assert preempted(waits_for_it) == []
+    assert waits_for_it.again_at == NOW - 100.0 + SPARED_SECONDS
+    then = decided(tasks, alone, capacity=2, quotas={"red": 1, "blue": 2}, now=waits_for_it.again_at)
+    assert preempted(then) == ["red/again"]
 
 
 def test_whoever_was_told_to_stop_is_not_told_twice_and_its_place_is_promised_once() -> None:
@@ -236,7 +270,7 @@ def test_the_team_furthest_beyond_its_quota_gives_back_first() -> None:
     assert preempted(decided(tasks, running, capacity=5, quotas=quotas)) == ["red/3", "red/2", "green/2"]
 
 
-def test_what_gave_back_does_not_borrow_for_an_hour_and_nothing_of_its_team_borrows_before_it() -> None:
+def test_what_gave_back_does_not_borrow_for_two_minutes_and_nothing_of_its_team_borrows_before_it() -> None:
     tasks = [waits("red/again", 1, preempted_at=NOW), waits("red/fresh", 2)]
     quotas, running = {"red": 1}, [runs("red/x")]
     decision = decided(tasks, running, capacity=2, quotas=quotas)
@@ -254,54 +288,122 @@ def test_what_gave_back_does_not_borrow_for_an_hour_and_nothing_of_its_team_borr
     assert started(decided(tasks[:1], [], capacity=2, quotas=quotas)) == ["red/again"]  # within its quota: at once
 
 
-# --- large tasks ---------------------------------------------------------------------------------------------------
+# --- room on machines that pools share -----------------------------------------------------------------------------
 
-LARGE = waits("red/large", 1.0, ranks=3)
-TWO_OF_FOUR = [runs("blue/x", seconds_left=500.0), runs("blue/y", seconds_left=900.0)]
+LARGE = waits("red/large", 1.0, pool="gang", ranks=2)
+SMALL, GANG = Shape(needs={"CPU": 1.0}), Shape(ranks=2, needs={"CPU": 1.0})
+ASKED = Worker(name="gang-0", pool="gang")
+"""A gang for which no machine has room."""
 
 
-def test_the_first_in_turn_that_does_not_fit_gets_a_reservation_and_short_tasks_fill_the_gap() -> None:
-    # Two free, three wanted: at 500 s the third is there.
-    short, long = waits("green/short", 2.0, seconds_max=500.0), waits("green/long", 3.0, seconds_max=501.0)
-    decision = decided([LARGE, long, short], TWO_OF_FOUR)
+def shared(
+    waiting: list[Waiting],
+    *left: float | None,
+    free: float = 0.0,
+    idle: int = 0,
+    further: int = 0,
+    asked: tuple[Worker, ...] = (ASKED,),
+    **more: Any,
+) -> Decision:
+    """A decision on one machine that small workers and a gang share: small ones with so many seconds left, then idle
+    ones, and a gang that waits for room."""
+    orders = [runs(f"blue/{n}", pool="small", seconds_left=seconds) for n, seconds in enumerate(left)]
+    workers = [
+        Worker(name=f"small-{n}", pool="small", machines=("a",), is_idle=n >= len(left), ends_in=seconds)
+        for n, seconds in enumerate([*left, *[None] * idle])
+    ]
+    pools = {
+        "small": Pool(
+            capacity=9, ready=len(workers), free=idle, coming=further, further=further, shape=SMALL,
+            is_short=any(one.pool == "small" for one in asked),
+        ),
+        "gang": Pool(capacity=2, ready=0, free=0, shape=GANG, is_short=True, is_placeless=True),
+    }  # fmt: skip
+    machines = {"a": {"CPU": free}}
+    return decided(waiting, orders, pools=pools, machines=machines, workers=[*workers, *asked], **more)
+
+
+def test_room_is_reserved_for_the_first_in_turn_that_waits_for_it_and_short_tasks_fill_the_gap() -> None:
+    # Two small workers: one is idle, the other has 500 s left. Then both have to go.
+    short = waits("green/short", 3.0, pool="small", seconds_max=500.0)
+    long = waits("green/long", 2.0, pool="small", seconds_max=501.0)
+    decision = shared([LARGE, long, short], 500.0, idle=1)
     assert started(decision) == ["green/short"]
-    assert decision.reserved == {DEFAULT_POOL: "red/large"}
-    assert codes(decision) == {"red/large": "no-free-place", "green/long": "reserved-for"}
+    assert decision.reserved == {"gang": "red/large"}
+    assert codes(decision) == {"red/large": "no-machine", "green/long": "reserved-for"}
     assert decision.waits["green/long"].about == "red/large"
+    assert (decision.kept, decision.ends, decision.growth) == ({"small-1"}, (), {"small": 0})
+    assert decision.wait_of("green/z", "small", "green") == decision.waits["green/long"]
 
 
-def test_what_the_large_task_leaves_over_is_for_tasks_of_any_length() -> None:
-    # Four free at 300 s: three for the large task, one is left over.
-    running = [runs("blue/x", ranks=2, seconds_left=300.0), runs("blue/y", seconds_left=900.0)]
-    tasks = [LARGE, waits("green/a", 2.0), waits("green/b", 3.0)]
-    decision = decided(tasks, running, capacity=5)
-    assert started(decision) == ["green/a"]
-    assert codes(decision)["green/b"] == "reserved-for"
+def test_all_that_has_to_go_ends_at_once_when_it_has_nothing_to_do() -> None:
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], idle=2)
+    assert (started(decision), decision.ends) == ([], ("small-0", "small-1"))
+    assert codes(decision)["green/a"] == "reserved-for"
+
+
+def test_who_waits_for_a_worker_that_has_to_go_is_told_for_whom() -> None:
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], 500.0, 30.0)  # one is free in 30 s: not for green
+    found = decision.waits["green/a"]
+    assert (found.code, found.about, decision.ends) == (WaitCode.RESERVED_FOR, "red/large", ())
+
+
+def test_what_is_not_needed_goes_on_and_takes_tasks_of_any_length() -> None:
+    # One CPU is free, and one of two idle workers is enough.
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], 300.0, free=1.0, idle=2)
+    assert (started(decision), decision.kept, decision.ends) == (["green/a"], {"small-1"}, ("small-1",))
+
+
+def test_workers_of_others_that_wait_for_room_are_taken_back_and_none_is_asked_for() -> None:
+    asked = (Worker(name="small-7", pool="small"), ASKED)
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], 300.0, 400.0, further=1, asked=asked)
+    assert (decision.ends, decision.growth) == (("small-7",), {"small": 0})
+    assert codes(decision)["green/a"] == "reserved-for"
 
 
 def test_a_reservation_is_kept_until_the_task_starts_whoever_comes_meanwhile() -> None:
-    newcomer = waits("green/first", 0.0, seconds_max=1e6)
-    kept = decided([newcomer, LARGE], TWO_OF_FOUR, use_seconds={"red": 1e9}, reserved={DEFAULT_POOL: "red/large"})
+    newcomer = waits("green/first", 0.0, pool="small", seconds_max=1e6)
+    more = {"use_seconds": {"red": 1e9}}
+    kept = shared([newcomer, LARGE], 500.0, idle=1, reserved={"gang": "red/large"}, **more)
     assert started(kept) == []
-    assert kept.reserved == {DEFAULT_POOL: "red/large"}
+    assert kept.reserved == {"gang": "red/large"}
     assert codes(kept)["green/first"] == "reserved-for"
-    fits = decided([newcomer, LARGE], TWO_OF_FOUR[:1], use_seconds={"red": 1e9}, reserved={DEFAULT_POOL: "red/large"})
-    assert started(fits) == ["red/large"]
-    assert fits.reserved == {}
-    without = decided([newcomer, LARGE], TWO_OF_FOUR, use_seconds={"red": 1e9})
-    assert started(without) == ["green/first"]
+    without = shared([newcomer, LARGE], 500.0, idle=1, **more)
+    assert started(without) == ["green/first"]  # it is its turn
+    gone = shared([newcomer], 500.0, idle=1, reserved={"gang": "red/gone"}, **more)
+    assert (started(gone), gone.reserved) == (["green/first"], {})
 
 
 def test_a_gap_of_unknown_length_is_not_filled() -> None:
-    unknown = [replace(order, seconds_left=None) for order in TWO_OF_FOUR]
-    decision = decided([LARGE, waits("green/short", 2.0, seconds_max=1.0)], unknown)
-    assert started(decision) == []
+    decision = shared([LARGE, waits("green/short", 2.0, pool="small", seconds_max=1.0)], None, idle=1)
+    assert (started(decision), decision.ends) == ([], ())
 
 
-def test_a_reservation_ends_with_its_task() -> None:
-    decision = decided([waits("green/a")], TWO_OF_FOUR, reserved={DEFAULT_POOL: "red/gone"})
-    assert started(decision) == ["green/a"]
-    assert decision.reserved == {}
+def test_nothing_is_reserved_beyond_a_quota_nor_where_a_place_of_its_own_pool_comes_first() -> None:
+    borrows = shared([LARGE, waits("green/a", 2.0, pool="small")], 500.0, idle=1, shares={"red": Share(places=1)})
+    assert (started(borrows), borrows.reserved) == (["green/a"], {})
+    own = waits("green/a", 2.0, pool="small")
+    asked = (Worker(name="small-7", pool="small"),)
+    decision = shared([own], 100.0, 400.0, asked=asked)  # in 100 s a worker of its own is free
+    assert (decision.reserved, codes(decision)) == ({}, {"green/a": "no-free-place"})
+
+
+def test_room_that_ray_does_not_take_is_reserved_for_a_minute_and_no_longer() -> None:
+    tasks, reserved = [LARGE, waits("green/a", 2.0, pool="small")], {"gang": "red/large"}
+    first = shared(tasks, 500.0, free=2.0, further=1, reserved=reserved)
+    assert (first.reserved, first.fits_since, first.growth) == (reserved, NOW, {"small": 0})
+    assert first.again_at == NOW + SOON_SECONDS + 1
+    later = {"now": NOW + SOON_SECONDS + 1, "fits_since": NOW}
+    then = shared(tasks, 500.0, free=2.0, further=1, reserved=reserved, **later)
+    assert (then.reserved, then.growth) == ({}, {})
+    assert shared(tasks, 500.0, free=2.0, further=1).reserved == {}  # it gets it without
+
+
+def test_where_machines_can_be_added_nothing_is_reserved() -> None:
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], 500.0, idle=1)
+    assert decision.reserved
+    pools = {"small": Pool(capacity=9, ready=2, free=1, shape=SMALL)}
+    assert decided([waits("green/a", 2.0, pool="small")], pools=pools).reserved == {}
 
 
 def test_pools_are_filled_each_for_itself_and_a_team_is_charged_in_all() -> None:
@@ -335,7 +437,7 @@ def situations(draw: st.DrawFn) -> Situation:
             running.append(
                 runs(
                     f"{draw(st.sampled_from(teams))}/r{number}",
-                    float(draw(st.integers(0, 9000))),
+                    float(draw(st.integers(0, 10_000))),
                     ranks=ranks,
                     seconds_left=draw(st.none() | st.integers(0, 500)),
                     stops=draw(st.booleans()),
@@ -353,14 +455,12 @@ def situations(draw: st.DrawFn) -> Situation:
         for number in range(draw(st.integers(0, 10)))
     ]
     free = capacity - sum(order.ranks for order in running)
-    reserved = {DEFAULT_POOL: draw(st.sampled_from(waiting)).task_id} if waiting and draw(st.booleans()) else {}
     return Situation(
         now=NOW,
         pools={DEFAULT_POOL: Pool(capacity=capacity, ready=capacity, free=free)},
         waiting=waiting,
         running=running,
         shares=shares,
-        reserved=reserved,
     )
 
 
@@ -378,7 +478,8 @@ def test_whatever_is_handed_in_the_promises_hold(situation: Situation) -> None:
         held[order.team] = held.get(order.team, 0) + order.ranks
     for one in decision.preemptions:
         order, quota = attempts[one.task_id], situation.shares[one.team].places
-        assert (order.stops, order.was_preempted) == (False, False)
+        assert not order.stops
+        assert not order.was_preempted or NOW - order.since >= SPARED_SECONDS
         assert order.seconds_left is None or order.seconds_left > SOON_SECONDS
         mine = sum(by_id[task_id].ranks for task_id in started(decision) if by_id[task_id].team == one.team)
         assert quota is not None

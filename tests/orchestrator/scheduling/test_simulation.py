@@ -3,7 +3,9 @@ equally, what is borrowed comes back, and estimates hold."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from dataclasses import replace
 from functools import cache
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from configs.settings import PoolSettings
 from orchestrator.scheduling.arrivals import Arrival
 from orchestrator.scheduling.fair_share import Share
-from orchestrator.scheduling.scheduler import SOON_SECONDS
+from orchestrator.scheduling.scheduler import PATIENCE_SECONDS, SOON_SECONDS, SPARED_SECONDS
 from orchestrator.scheduling.simulation import (
     CHECKPOINT_SECONDS,
     LOAD_SECONDS,
@@ -34,20 +36,25 @@ def longest_wait(simulation: Simulation, team: str = "") -> float:
 
 @cache
 def busy() -> Simulation:
-    """Two weeks at about four fifths of what six places can do."""
+    """Two weeks at about seven tenths of what six places can do."""
     return simulate(weeks(1, hours=2.4), {}, fixed(6))
 
 
 @cache
 def overloaded() -> Simulation:
-    """Two weeks in which twice as much is asked for as six places can do."""
+    """Two weeks in which half as much again is asked for as six places can do."""
     return simulate(weeks(2, hours=5.0), {}, fixed(6))
+
+
+SIZES = {1: "single", 2: "pair", 8: "eight"}
 
 
 @cache
 def mixed() -> Simulation:
-    """Tasks of one, two and eight places in a pool of eight."""
-    return simulate(weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8)), {}, fixed(8))
+    """Tasks of one, two and eight places in pools that share a machine which has room for eight."""
+    found = [replace(one, pool=SIZES[one.ranks]) for one in weeks(3, hours=0.8, ranks=(1, 1, 1, 2, 8))]
+    pools = {name: PoolSettings(max=8 // ranks, ranks=ranks) for ranks, name in SIZES.items()}
+    return simulate(found, {}, pools, machines=[{"CPU": 8.0}])
 
 
 QUOTAS = {f"team-{number}": Share(places=1) for number in range(TEAMS)}
@@ -78,6 +85,19 @@ def test_four_of_five_starts_are_in_the_interval_that_was_told(run: object) -> N
     assert share >= 0.8
 
 
+@pytest.mark.parametrize("hours", [1.5, 3.3, 5.0], ids=["half", "all", "one and a half"])
+def test_so_it_is_whichever_weeks_these_were_and_however_much_was_asked_for(hours: float) -> None:
+    # Of six places that many are wanted. Of 300 starts two in a hundred more or fewer are inside by chance.
+    shares = [share for seed in SEEDS if (share := inside(simulate(weeks(seed, hours), {}, fixed(6)).courses))]
+    assert statistics.fmean(shares) >= 0.82
+    assert min(shares) >= 0.78
+    assert len(shares) == len(SEEDS)
+
+
+SEEDS = (0, 4, 9)
+"""Among ten, those with which the fewest were inside while only what had started counted: 0.73 to 0.74."""
+
+
 def test_equal_demand_is_served_equally_even_where_it_cannot_be_met() -> None:
     assert report(overloaded())["jain"] >= 0.95
     assert report(busy())["jain"] >= 0.95
@@ -97,13 +117,35 @@ def test_a_team_of_twice_the_weight_gets_twice_as_much_while_there_is_too_little
 
 
 def test_a_large_task_is_not_starved_by_a_stream_of_small_ones() -> None:
-    # Small tasks of an hour that come every six minutes: more than four places can do. One of four places waits.
-    small = [Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0) for n in range(400)]
-    large = Arrival(at_seconds=50_000.0, team="large", seconds=600.0, ranks=4)
-    simulation = simulate(sorted([*small, large], key=lambda one: one.at_seconds), {}, fixed(4))
-    # Its team has used nothing: it is the next in turn, and the longest of what runs is an hour.
-    assert longest_wait(simulation, "large") <= 3600.0 + 1e-6
-    assert longest_wait(mixed()) < 2 * 86400
+    # Small tasks of an hour that come every six minutes: more than four CPUs can do, for weeks on end. A gang of four.
+    small = [
+        Arrival(at_seconds=360.0 * n, team=f"team-{n % 5}", seconds=3600.0, pool="single", max_run_seconds=5000.0)
+        for n in range(1000)
+    ]
+    large = [
+        Arrival(at_seconds=at, team="large", seconds=600.0, ranks=4, pool="gang") for at in (50_000.0, 150_000.0, 3e5)
+    ]
+    pools = {"single": PoolSettings(max=9), "gang": PoolSettings(max=1, ranks=4)}
+    arrivals = sorted([*small, *large], key=lambda one: one.at_seconds)
+    simulation = simulate(arrivals, {}, pools, machines=[{"CPU": 4.0}])
+    # Its team has used least: it is the next in turn. The longest of what runs is an hour, and a gang has to load.
+    assert longest_wait(simulation, "large") <= 3600.0 + LOAD_SECONDS + 1e-6
+    assert report(simulation)["never_started"] == 0
+    assert report(simulation)["utilisation"] > 0.85
+    assert longest_wait(mixed()) < 3 * 86400
+
+
+def test_an_idle_worker_gives_its_room_to_another_pool_at_once() -> None:
+    pools = {"one": PoolSettings(max=1, idle_seconds=1e6), "other": PoolSettings(max=1, idle_seconds=1e6)}
+    arrivals = [
+        Arrival(at_seconds=0.0, team="red", seconds=100.0, pool="one"),
+        Arrival(at_seconds=1000.0, team="blue", seconds=100.0, pool="other"),
+        Arrival(at_seconds=2000.0, team="red", seconds=100.0, pool="one"),
+    ]
+    simulation = simulate(arrivals, {}, pools, machines=[{"CPU": 1.0}])
+    waits = [course.wait_seconds or 0.0 for course in simulation.courses]
+    assert all(LOAD_SECONDS <= wait <= LOAD_SECONDS + 10 for wait in waits)
+    assert sum(simulation.there_seconds.values()) <= simulation.last_arrival  # never more than there is room for
 
 
 def test_without_quotas_nothing_is_ever_preempted() -> None:
@@ -117,8 +159,49 @@ def test_a_borrower_gives_back_within_one_checkpoint() -> None:
     assert found["give_back_seconds_max"] == pytest.approx(CHECKPOINT_SECONDS)
 
 
-def test_nothing_is_preempted_twice_in_a_row() -> None:
+def test_nothing_is_preempted_again_before_it_has_run_for_ten_minutes() -> None:
     assert report(borrowed())["preempted_in_a_row_max"] == 1
+    for simulation in (borrowed(), short_ones_come_and_go()):
+        for course in simulation.courses:
+            attempts = list(zip(course.begun_at, (*course.queued_at[1:], course.ended_at or math.inf), strict=True))
+            assert all(left - begun >= SPARED_SECONDS for begun, left in attempts[1:-1])
+            assert course.preemptions <= 1 + course.arrival.seconds / SPARED_SECONDS
+
+
+@cache
+def short_ones_come_and_go() -> Simulation:
+    """A team with two of eight places has eight long tasks; another, with six, comes with six short ones, again and
+    again."""
+    long = [Arrival(at_seconds=0.0, team="long", seconds=8 * 3600.0) for _ in range(8)]
+    short = [Arrival(at_seconds=300.0 * n, team="short", seconds=70.0) for n in range(1, 30) for _ in range(6)]
+    return simulate([*long, *short], {"long": Share(places=2), "short": Share(places=6)}, fixed(8))
+
+
+@pytest.mark.parametrize("run", [borrowed, short_ones_come_and_go])
+def test_no_place_that_a_task_waits_for_is_idle_for_longer_than_it_may_not_borrow(run: object) -> None:
+    simulation: Simulation = run()  # type: ignore[operator]
+    steps: list[tuple[float, int, int]] = []
+    for course in simulation.courses:
+        for queued, begun in zip(course.queued_at, course.begun_at, strict=True):
+            steps += [(queued, 0, 1), (begun, 1, -1)]
+        for left in (*course.queued_at[1:], course.ended_at or math.inf):
+            steps.append((left, -1, 0))
+    running = waiting = 0
+    idle_since, longest = math.inf, 0.0
+    for at, group in itertools.groupby(sorted(steps), key=lambda step: step[0]):
+        for _, run_more, wait_more in group:
+            running, waiting = running + run_more, waiting + wait_more
+        longest = max(longest, at - idle_since)
+        is_idle = waiting > 0 and running < sum(pool.max for pool in simulation.pools.values())
+        idle_since = min(idle_since, at) if is_idle else math.inf
+    assert 0 < longest <= PATIENCE_SECONDS + 1e-6
+
+
+def test_who_is_within_its_quota_waits_at_most_until_what_gave_back_before_has_run_for_ten_minutes() -> None:
+    simulation = short_ones_come_and_go()
+    assert longest_wait(simulation, "short") <= SPARED_SECONDS + CHECKPOINT_SECONDS + 1e-6
+    assert report(simulation)["give_back_seconds_max"] == pytest.approx(CHECKPOINT_SECONDS)
+    assert report(simulation)["utilisation"] > 0.8
 
 
 def test_no_younger_task_of_its_team_starts_before_one_that_gave_its_places_back_has_them_again() -> None:
@@ -174,7 +257,7 @@ def test_whatever_arrives_all_of_it_ends_and_no_preemption_goes_round_in_circles
     for course in simulation.courses:
         assert course.ended_at is not None
         assert course.preempted_in_a_row <= 1
-        assert course.preemptions <= 1 + course.arrival.seconds / CHECKPOINT_SECONDS
+        assert course.preemptions <= 1 + course.arrival.seconds / SPARED_SECONDS
 
 
 def test_the_same_arrivals_have_the_same_course() -> None:
