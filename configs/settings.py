@@ -303,6 +303,15 @@ class MlflowSettings(Section):
     experiment: str = "onebasis"
 
 
+class TracingSettings(Section):
+    """Where traces of tasks go."""
+
+    endpoint: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
+    """Address of an OpenTelemetry collector that takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is
+    added unless it ends so. Headers that it asks for, such as a token, are taken from the control plane's environment,
+    OTEL_EXPORTER_OTLP_HEADERS. None: there are no traces."""
+
+
 RoleName = Literal["viewer", "submitter", "maintainer", "admin"]
 """A role, as orchestrator/api/access.py explains them."""
 
@@ -459,6 +468,7 @@ class Settings(Section):
     gate: GateSettings = Field(default_factory=GateSettings)
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     serving: ServingSettings | None = None
     """What answers over HTTP; None: nothing does."""

@@ -192,7 +192,8 @@ class Candidate:
         held = self._store.state.births(self._store.state.refs[CANDIDATE])
         known = [record for record in group if record.task_id in held]
         for record in known:
-            self._apply((record.task_id,), Merged(held[record.task_id]))
+            version = self._store.state.versions[held[record.task_id]]
+            self._apply((record.task_id,), Merged(version.number, version.merge_seconds, version.bytes_written))
         return bool(known)
 
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
@@ -489,7 +490,7 @@ class Candidate:
             self._alarms.end_all(WRITING, *WRITE_CODES, AlarmCode.STEP_FAILED)
             self._hear_how_long(request, time.monotonic() - pending.asked_at)
             if isinstance(request, Merge):
-                self._apply(_tasks(request), Merged(answer.number))
+                self._apply(_tasks(request), Merged(answer.number, answer.merge_seconds, answer.bytes_written))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
     def _hear_how_long(self, request: StoreRequest[Any], seconds: float) -> None:

@@ -406,7 +406,12 @@ class Controller:
         else:
             fault, message = self._told(order, outcome)
             event = TrainingFailed(
-                token=order.token, fault=fault, message=message, at=now, seconds=outcome.worker_seconds
+                token=order.token,
+                fault=fault,
+                message=message,
+                at=now,
+                seconds=outcome.worker_seconds,
+                done_at=outcome.done_at,
             )
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)

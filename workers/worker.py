@@ -10,6 +10,7 @@ import contextlib
 import gc
 import math
 import os
+import platform
 import threading
 import time
 import traceback
@@ -38,6 +39,7 @@ from workers.order_book import OrderBook
 from workers.orders import (
     ALONE,
     BaseLayout,
+    DoneAt,
     Evaluate,
     Evaluated,
     EvaluatedTogether,
@@ -47,6 +49,7 @@ from workers.orders import (
     Order,
     Outcome,
     Phase,
+    PhaseTime,
     Progress,
     Rank,
     RowsDamaged,
@@ -65,6 +68,8 @@ if TYPE_CHECKING:
     from workers.serving.replica import Replica
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
+PHASES_KEPT = 100
+"""Phases of one order: a training has four, `auto` some more for each candidate."""
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
     "sequence_classification": (TextRow("one", None, 0), TextRow("two", None, 1)),
     "image_classification": tuple(ImageRow(np.zeros((8, 8, 3), np.uint8), label) for label in (0, 1)),
@@ -97,6 +102,9 @@ class Worker:
         self._wanted: dict[str, Asked] = {}
         """Token to what the control plane asked for."""
         self._progress = Progress()
+        self._phases: list[PhaseTime] = []
+        """What was done of the order under way, up to the phase before the one that `_progress` tells."""
+        self._phase_began = 0.0
         self._log_lines: list[LogLine] = []
 
     def warm(self) -> BaseLayout:
@@ -216,10 +224,11 @@ class Worker:
             self._report(Progress())
             with self._lock:
                 self._wanted.pop(order.token, None)
-        seconds = time.monotonic() - started
+                phases, self._phases = tuple(self._phases), []
+        seconds, done_at = time.monotonic() - started, DoneAt(node=platform.node(), phases=phases)
         if isinstance(outcome, Evaluated | EvaluatedTogether):
-            return replace(outcome, worker_seconds=seconds)
-        return replace(outcome, worker_seconds=seconds, log_lines=lines)
+            return replace(outcome, worker_seconds=seconds, done_at=done_at)
+        return replace(outcome, worker_seconds=seconds, done_at=done_at, log_lines=lines)
 
     def _do(self, order: Order, rank: Rank) -> Outcome:
         def asked() -> Asked:
@@ -257,8 +266,19 @@ class Worker:
 
     def _report(self, progress: Progress) -> None:
         with self._lock:
+            self._note_phase(progress)
             self._log_lines = [*self._log_lines, *progress.log_lines][-LOG_LINES_KEPT:]
             self._progress = replace(progress, log_lines=())
+
+    def _note_phase(self, progress: Progress) -> None:
+        """Where a phase ends, with the next one's first report, keep when it was."""
+        before, now = self._progress, time.time()
+        if (before.phase, before.candidate) == (progress.phase, progress.candidate):
+            return
+        if before.phase is not Phase.IDLE and len(self._phases) < PHASES_KEPT:
+            ended = PhaseTime(phase=before.phase, candidate=before.candidate, began=self._phase_began, ended=now)
+            self._phases.append(ended)
+        self._phase_began = now
 
 
 def evaluate_version(

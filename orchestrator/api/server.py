@@ -43,6 +43,7 @@ from configs.errors import (
     UnknownToken,
 )
 from configs.limits import BYTES_MAX, short, short_text
+from configs.log_lines import TRACEPARENT, busy_with
 from configs.plain_text import escaped
 from configs.settings import TlsSettings, read_settings
 from orchestrator.api import requests
@@ -148,7 +149,8 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
             return report(request, error)
         request.state.caller = caller
         began = time.perf_counter()
-        answer = await call_next(request)
+        with busy_with(traceparent=_traceparent(request)):
+            answer = await call_next(request)
         route = request.scope.get("route")
         meter.count(getattr(route, "name", "none"), answer.status_code, time.perf_counter() - began)
         return answer
@@ -235,6 +237,12 @@ def _endpoint(
         return await to_thread.run_sync(work, limiter=threads)
 
     return answer
+
+
+def _traceparent(request: Request) -> str:
+    """The trace that a request belongs to; empty where it names none, or not as W3C Trace Context has it."""
+    said: str = request.headers.get("traceparent", "")
+    return said if TRACEPARENT.fullmatch(said) else ""
 
 
 def _key(request: Request) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,20 @@ def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, mo
     )
     assert isinstance(scored, Evaluated | Failed)
     assert scored.worker_seconds is not None
+
+
+def test_every_outcome_says_where_and_when_its_parts_were_done(worker: Worker) -> None:
+    began = time.time()
+    outcomes = [worker.run(train("in parts")), worker.run(train("none", data={"label_column": "nothing"}))]
+    for outcome, parts in zip(outcomes, (["loading", "training", "scoring", "saving"], ["loading"]), strict=True):
+        phases = outcome.done_at.phases
+        assert [str(one.phase) for one in phases] == parts
+        assert outcome.done_at.node == platform.node()
+        assert began <= phases[0].began
+        assert all(one.ended == following.began for one, following in pairwise(phases))
+        assert phases[-1].ended <= time.time()
+        assert outcome.worker_seconds == pytest.approx(phases[-1].ended - phases[0].began, abs=0.5)
+        began = phases[-1].ended
 
 
 def test_an_order_that_waits_can_be_cancelled_before_it_begins(worker: Worker, gate: Gate) -> None:
