@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from configs import places
 from configs.document import Name, Section, read_document
 from configs.errors import InvalidInput, NotFound
+from configs.log_lines import LogFormat
 from configs.places import Located, absolute
 
 
@@ -457,6 +458,9 @@ class Settings(Section):
     teams: dict[Name, TeamSettings] = Field(min_length=1)
     data_roots: Annotated[tuple[str, ...], Located(places.absolute)] = (".",)
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
+    log_format: LogFormat = "text"
+    """Form of the lines in the logs of the control plane, the workers and the stores' writers. `json`: an object for
+    each, with the ids of the request, the task and its trace."""
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = Field(default_factory=StorageSettings)
     subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)

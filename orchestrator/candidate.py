@@ -32,6 +32,7 @@ from configs.errors import (
     Unavailable,
     UnusableStore,
 )
+from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
@@ -394,10 +395,12 @@ class Candidate:
     def take_evaluation(self, order: Evaluate | EvaluateTogether, outcome: Outcome) -> None:
         """Take the outcome of a scoring order."""
         if isinstance(order, Evaluate):
-            self._take_score(order, outcome)
+            with busy_with(task_id=order.task_id):
+                self._take_score(order, outcome)
         elif isinstance(outcome, EvaluatedTogether):
             for one, its in zip(order.orders, outcome.outcomes, strict=True):
-                self._take_score(one, its)
+                with busy_with(task_id=one.task_id):
+                    self._take_score(one, its)
         elif isinstance(outcome, Failed) and outcome.cause is not None:
             self.stop(outcome.cause)
         elif isinstance(outcome, Failed) and order.version == self._verdict.version:

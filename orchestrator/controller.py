@@ -16,6 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from configs.errors import InvalidInput, NotLeading, OnebasisError, Unavailable
+from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import LOOP, LOOP_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster
@@ -388,7 +389,8 @@ class Controller:
             case Train(again=True) as order, outcome:
                 self.subspaces[order.spec.base_model].candidate.take_refinement(order, outcome)
             case Train() as order, outcome:
-                self._finish_training(order, outcome)
+                with busy_with(task_id=order.task_id):
+                    self._finish_training(order, outcome)
             case (Evaluate() | EvaluateTogether()) as order, outcome:
                 self.subspaces[scorings(order)[0].spec.base_model].candidate.take_evaluation(order, outcome)
 

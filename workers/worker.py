@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import os
 import platform
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable, WorkersBusy
+from configs.log_lines import busy_with, warnings_told
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes
@@ -66,6 +68,8 @@ from workers.training import stopper, train_task
 if TYPE_CHECKING:
     from workers.serving.question import Answer, Question
     from workers.serving.replica import Replica
+
+log = logging.getLogger("onebasis.worker")
 
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
 PHASES_KEPT = 100
@@ -143,7 +147,12 @@ class Worker:
             Unavailable: The storage was away; nothing is remembered, and the order may be given again.
             Corrupt: Stored bytes are not what was written, which is no task's fault; nothing is remembered either.
         """
-        return self._book.run(order.token, lambda: self._outcome(order, rank))
+
+        def work() -> Outcome:  # in the work thread
+            with busy_with(task_id="" if isinstance(order, EvaluateTogether) else order.task_id):
+                return self._outcome(order, rank)
+
+        return self._book.run(order.token, work)
 
     def answer(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
         """Have published tasks answer rows, in the thread of the orders: two threads must not make models at once.
@@ -201,8 +210,10 @@ class Worker:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
         outcome: Outcome
         started = time.monotonic()
+        log.info("order %s begins: %s", order.token, type(order).__name__)
         try:
-            outcome = self._do(order, rank)
+            with warnings_told(self._warn):
+                outcome = self._do(order, rank)
         except Cancelled:
             outcome = Failed(token=order.token, fault="cancelled", message="cancelled while it was running")
         except Preempted as error:
@@ -226,6 +237,8 @@ class Worker:
                 self._wanted.pop(order.token, None)
                 phases, self._phases = tuple(self._phases), []
         seconds, done_at = time.monotonic() - started, DoneAt(node=platform.node(), phases=phases)
+        how = f"{outcome.fault}: {outcome.message}" if isinstance(outcome, Failed) else type(outcome).__name__
+        log.info("order %s ended after %.1f s: %s", order.token, seconds, how)
         if isinstance(outcome, Evaluated | EvaluatedTogether):
             return replace(outcome, worker_seconds=seconds, done_at=done_at)
         return replace(outcome, worker_seconds=seconds, done_at=done_at, log_lines=lines)
@@ -269,6 +282,11 @@ class Worker:
             self._note_phase(progress)
             self._log_lines = [*self._log_lines, *progress.log_lines][-LOG_LINES_KEPT:]
             self._progress = replace(progress, log_lines=())
+
+    def _warn(self, line: str) -> None:
+        """Keep a warning with the task: a machine's own log may be gone with it."""
+        with self._lock:
+            self._log_lines = [*self._log_lines, line][-LOG_LINES_KEPT:]
 
     def _note_phase(self, progress: Progress) -> None:
         """Where a phase ends, with the next one's first report, keep when it was."""

@@ -56,6 +56,7 @@ class ProblemShape(Told):
     title: str
     status: int
     detail: str
+    request_id: str
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import platform
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable, WorkersBusy
+from configs.log_lines import ids
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.adapter import adapter_from_bytes
 from subspace_store.storage.memory import MemoryStorage
@@ -299,6 +301,18 @@ def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, mo
     )
     assert isinstance(scored, Evaluated | Failed)
     assert scored.worker_seconds is not None
+
+
+def test_what_an_order_was_warned_of_goes_with_its_task(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: Any) -> Any:
+        assert ids()["task_id"] == "task-warned of"
+        logging.getLogger("a.library").warning("something is doubtful")
+        raise InvalidInput("of the user")
+
+    monkeypatch.setattr("workers.worker.train_task", warned)
+    outcome = worker.run(train("warned of"))
+    assert isinstance(outcome, Failed)
+    assert outcome.log_lines == ("warning: something is doubtful",)
 
 
 def test_every_outcome_says_where_and_when_its_parts_were_done(worker: Worker) -> None:
