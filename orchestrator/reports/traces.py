@@ -107,8 +107,8 @@ class Traces:
             return False
         changed = self._book.changed(told, EVENTS_AT_ONCE)
         is_full = len(changed) == EVENTS_AT_ONCE
-        until = changed[-1][0] if is_full else max([newest, *(event_id for event_id, _ in changed)])
-        spans = self._spans({task_id for _, task_id in changed}, told, until)
+        until = changed[-1][0] if is_full else max([newest, *(event_id for event_id, *_ in changed)])
+        spans = self._spans({task_id for _, task_id, moves in changed if moves}, told, until)
         if spans:
             send(endpoint, spans, self._instance)
         self._book.told(until)

@@ -760,7 +760,7 @@ class TaskQueue:
             raise _OvertakenError
         now = time.time()
         told = (type(event).__name__, narrate(after, event, record.warnings))
-        self._append(connection, task_id, [told], now, facts_of(after, event))
+        self._append(connection, task_id, [told], now, facts_of(after, event, record))
         if happening := of_task(record, after, now):
             put(connection, happening)
         if after.state is not record.state:

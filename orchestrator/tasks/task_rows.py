@@ -53,15 +53,17 @@ class LifeEvent:
     """See `facts_of`."""
 
 
-def facts_of(after: TaskRecord, event: Event | None = None) -> str:
+def facts_of(after: TaskRecord, event: Event | None = None, before: TaskRecord | None = None) -> str:
     """What an event made of a task, as JSON.
 
     Args:
         after: The task after the event.
         event: None: its submission.
+        before: The task before it; None: it was not there.
     """
     facts: dict[str, Any] = {
         "state": str(after.state),
+        "was": str(before.state) if before else "",
         "revision": after.revision,
         "attempt": after.attempt,
         "version": after.version,

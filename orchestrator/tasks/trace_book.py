@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from sqlalchemy import delete, func, insert, select
 
@@ -37,13 +38,14 @@ class TraceBook:
             connection.execute(delete(_followers).where(_followers.c.name == NAME))
             connection.execute(insert(_followers).values(name=NAME, event_id=event_id))
 
-    def changed(self, after: int, limit: int) -> list[tuple[int, str]]:
-        """(number, task) of the events behind a number that changed a task, oldest first."""
-        chosen = select(_events.c.event_id, _events.c.task_id)
+    def changed(self, after: int, limit: int) -> list[tuple[int, str, bool]]:
+        """(number, task, whether it came into another state) of the events behind a number that changed a task, oldest
+        first."""
+        chosen = select(_events.c.event_id, _events.c.task_id, _events.c.facts)
         chosen = chosen.where(_events.c.event_id > after, _events.c.facts.is_not(None))
         with self._database.reading() as connection:
-            rows = connection.execute(chosen.order_by(_events.c.event_id).limit(limit))
-            return [(int(event_id), task_id) for event_id, task_id in rows]
+            rows = connection.execute(chosen.order_by(_events.c.event_id).limit(limit)).all()
+        return [(int(event_id), task_id, _moves(json.loads(facts))) for event_id, task_id, facts in rows]
 
     def life(self, task_id: str, until: int) -> list[LifeEvent]:
         """A task's events up to a number, those that have facts, oldest first."""
@@ -52,3 +54,7 @@ class TraceBook:
         with self._database.reading() as connection:
             rows = connection.execute(chosen.where(*mine).order_by(_events.c.event_id))
             return [LifeEvent(event_id, at, kind, json.loads(facts)) for event_id, at, kind, facts in rows]
+
+
+def _moves(facts: dict[str, Any]) -> bool:
+    return bool(facts["state"] != facts["was"])
