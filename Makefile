@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills test-web web check-deploy chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-revisions setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check-deploy chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -100,6 +100,11 @@ bench-queue: $(READY)
 # What answering for 1,000 tasks in one batch costs against one adapter: three minutes.
 bench-serving: $(READY)
 	$(BIN)/python benchmarks/serving.py $(BENCH)
+
+# Six minutes: 200 clients and 50 streams, uploads, what traces and metrics cost, the page of 1,000 tasks under 500
+# versions in Chromium. A part: make bench-service BENCH=clients
+bench-service: $(READY)
+	$(BIN)/python benchmarks/service.py $(BENCH)
 
 # Quarter of an hour on one free core: three tasks that learn five times. On text sets: make bench-revisions
 # BENCH="--data FOLDER".

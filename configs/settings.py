@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from configs import places
 from configs.document import Name, Section, read_document
 from configs.errors import InvalidInput, NotFound
+from configs.log_lines import LogFormat
 from configs.places import Located, absolute
 
 
@@ -324,6 +325,15 @@ class MlflowSettings(Section):
     experiment: str = "onebasis"
 
 
+class TracingSettings(Section):
+    """Where traces of tasks go."""
+
+    endpoint: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
+    """Address of an OpenTelemetry collector that takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is
+    added unless it ends so. Headers that it asks for, such as a token, are taken from the control plane's environment,
+    OTEL_EXPORTER_OTLP_HEADERS. None: there are no traces."""
+
+
 RoleName = Literal["viewer", "submitter", "maintainer", "admin"]
 """A role, as orchestrator/api/access.py explains them."""
 
@@ -471,6 +481,9 @@ class Settings(Section):
     """Folders from which task files may name data and adapters. Default: where `onebasis up` runs."""
     data_buckets: tuple[BucketSettings, ...] = ()
     """Parts of buckets from which they may name data and adapters. Default: none."""
+    log_format: LogFormat = "text"
+    """Form of the lines in the logs of the control plane, the workers and the stores' writers. `json`: an object for
+    each, with the ids of the request, the task and its trace."""
     database_url: Annotated[str, Located(places.database)] = "sqlite:///.onebasis/tasks.db"
     storage: StorageSettings = Field(default_factory=StorageSettings)
     subspace: SubspaceSettings = Field(default_factory=SubspaceSettings)
@@ -482,6 +495,7 @@ class Settings(Section):
     gate: GateSettings = Field(default_factory=GateSettings)
     failures: FailureSettings = Field(default_factory=FailureSettings)
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     serving: ServingSettings | None = None
     """What answers over HTTP; None: nothing does."""

@@ -32,6 +32,7 @@ from configs.errors import (
     Unavailable,
     UnusableStore,
 )
+from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
@@ -192,7 +193,8 @@ class Candidate:
         held = self._store.state.births(self._store.state.refs[CANDIDATE])
         known = [record for record in group if record.task_id in held]
         for record in known:
-            self._apply((record.task_id,), Merged(held[record.task_id]))
+            version = self._store.state.versions[held[record.task_id]]
+            self._apply((record.task_id,), Merged(version.number, version.merge_seconds, version.bytes_written))
         return bool(known)
 
     def _next_group(self, merging: Sequence[TaskRecord]) -> list[TaskRecord]:
@@ -393,10 +395,12 @@ class Candidate:
     def take_evaluation(self, order: Evaluate | EvaluateTogether, outcome: Outcome) -> None:
         """Take the outcome of a scoring order."""
         if isinstance(order, Evaluate):
-            self._take_score(order, outcome)
+            with busy_with(task_id=order.task_id):
+                self._take_score(order, outcome)
         elif isinstance(outcome, EvaluatedTogether):
             for one, its in zip(order.orders, outcome.outcomes, strict=True):
-                self._take_score(one, its)
+                with busy_with(task_id=one.task_id):
+                    self._take_score(one, its)
         elif isinstance(outcome, Failed) and outcome.cause is not None:
             self.stop(outcome.cause)
         elif isinstance(outcome, Failed) and order.version == self._verdict.version:
@@ -489,7 +493,7 @@ class Candidate:
             self._alarms.end_all(WRITING, *WRITE_CODES, AlarmCode.STEP_FAILED)
             self._hear_how_long(request, time.monotonic() - pending.asked_at)
             if isinstance(request, Merge):
-                self._apply(_tasks(request), Merged(answer.number))
+                self._apply(_tasks(request), Merged(answer.number, answer.merge_seconds, answer.bytes_written))
                 log.info("version %d: merged %s", answer.number, ", ".join(_tasks(request)))
 
     def _hear_how_long(self, request: StoreRequest[Any], seconds: float) -> None:

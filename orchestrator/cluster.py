@@ -395,6 +395,7 @@ class RayCluster:
                 settings.base(base_model),
                 self._service,
                 self._leader,
+                settings.log_format,
                 namespace=self._namespace,
             )
         return self._actors[name]
@@ -408,7 +409,9 @@ class RayCluster:
             base = settings.base(pool.base_model)
             avoid = [node["NodeID"] for node in self._ray.nodes() if node["NodeManagerAddress"] in self._avoid]
             one_worker = worker_actor if pool.ranks == 1 else gang_actor
-            self._actors[name] = one_worker(name, base, settings.storage, base.name, pool, self._namespace, avoid)
+            self._actors[name] = one_worker(
+                name, base, settings.storage, base.name, pool, self._namespace, avoid, settings.log_format
+            )
         return self._actors[name]
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from configs.errors import InvalidInput, NotLeading, OnebasisError, Unavailable
+from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import LOOP, LOOP_CODES, AlarmCode, Alarms
 from orchestrator.cluster import Call, Cluster
@@ -395,7 +396,8 @@ class Controller:
             case Train(again=True) as order, outcome:
                 self.subspaces[order.spec.base_model].candidate.take_refinement(order, outcome)
             case Train() as order, outcome:
-                self._finish_training(order, outcome)
+                with busy_with(task_id=order.task_id):
+                    self._finish_training(order, outcome)
             case (Evaluate() | EvaluateTogether()) as order, outcome:
                 self.subspaces[scorings(order)[0].spec.base_model].candidate.take_evaluation(order, outcome)
 
@@ -413,7 +415,12 @@ class Controller:
         else:
             fault, message = self._told(order, outcome)
             event = TrainingFailed(
-                token=order.token, fault=fault, message=message, at=now, seconds=outcome.worker_seconds
+                token=order.token,
+                fault=fault,
+                message=message,
+                at=now,
+                seconds=outcome.worker_seconds,
+                done_at=outcome.done_at,
             )
             if outcome.detail:
                 log.error("task %s: %s\n%s", order.task_id, outcome.message, outcome.detail)

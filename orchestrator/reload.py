@@ -8,7 +8,7 @@ from typing import Any
 from configs.errors import Conflict
 from configs.settings import Settings
 
-TAKEN = ("teams", "data_roots", "data_buckets", "gate", "main", "webhooks", "oidc", "serving")
+TAKEN = ("teams", "data_roots", "data_buckets", "gate", "main", "webhooks", "oidc", "serving", "tracing")
 """Sections that are taken whole; of `base_models` and `pools` further ones are, and new sizes of pools."""
 HANDLED = ("base_model", "base_models", "workers", "pools")
 """What is compared in another way: base models and pools one by one; what `workers` says is in the pools."""

@@ -31,7 +31,9 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import Drain, TaskRecord, TaskState, local_results, staging_key
 from workers.gang import NoPlace, needed
 from workers.orders import (
+    NOWHERE,
     BaseLayout,
+    DoneAt,
     Evaluate,
     EvaluateTogether,
     Failed,
@@ -428,15 +430,18 @@ class WorkerPool:
             seconds = outcome.worker_seconds
             what = "score" if scorings(order) else "refine again"
             seconds = time.time() - worker.given_at if seconds is None else seconds
-            self._charge(worker, order, what, "", seconds)
+            self._charge(worker, order, what, "", seconds, outcome.done_at)
         return order, outcome
 
-    def _charge(self, worker: WorkerStatus, order: Order, what: str, suffix: str, seconds: float) -> None:
+    def _charge(
+        self, worker: WorkerStatus, order: Order, what: str, suffix: str, seconds: float, done_at: DoneAt = NOWHERE
+    ) -> None:
         """suffix: Of the token under which it is charged once."""
         places, gpus, parts = self.ranks(worker.name), self._pools[worker.pool].gpus, charged(order)
         for one in parts:
             use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places, gpus=gpus)
-            self._queue.charge(one.task_id, use, token=f"{one.token}{suffix}", what=what)
+            token = f"{one.token}{suffix}"
+            self._queue.charge(one.task_id, use, token=token, what=what, worker=worker.name, done_at=done_at)
 
     # --- who is alive ------------------------------------------------------------------------------------------
 

@@ -14,14 +14,17 @@ The store is imported in the actor's process alone: the process that asks needs 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from configs.errors import NotLeading, NotWritten, OnebasisError
+from configs.log_lines import LogFormat, write_as_actor
 from configs.settings import BaseModelSettings, StorageSettings, SubspaceSettings
 from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
@@ -30,6 +33,9 @@ from subspace_store.storage.opening import open_storage
 
 if TYPE_CHECKING:
     from subspace_store.subspace_store import SubspaceStore
+
+
+log = logging.getLogger("onebasis.store")
 
 
 @ray.remote(concurrency_groups={"signs": 1})
@@ -44,7 +50,9 @@ class StoreActor:
         base: BaseModelSettings,
         service: Identity,
         leader: int = 0,
+        log_format: LogFormat = "text",
     ) -> None:
+        write_as_actor(log_format)
         self._leader, self._lock = leader, threading.Lock()
         self._place, self._subspace, self._base = open_storage(storage, folder), subspace, base
         self._service = service
@@ -72,7 +80,10 @@ class StoreActor:
             NotLeading: One with a higher number has asked before.
         """
         self._heed(leader)
-        return request.on(self._opened())
+        began = time.monotonic()
+        answer = request.on(self._opened())
+        log.info("%s %s by %s: %.2f s", request.operation, request.op_key, request.actor, time.monotonic() - began)
+        return answer
 
     @ray.method(concurrency_group="signs")  # type: ignore[untyped-decorator]
     def pid(self, leader: int = 0) -> int:
@@ -123,6 +134,7 @@ def store_actor(
     base: BaseModelSettings,
     service: Identity,
     leader: int = 0,
+    log_format: LogFormat = "text",
     **options: Any,
 ) -> Any:
     """The running store actor of this name, or a new one.
@@ -145,4 +157,4 @@ def store_actor(
         max_task_retries=0,
         num_cpus=0,
         **options,
-    ).remote(storage, folder, subspace, base, service, leader)
+    ).remote(storage, folder, subspace, base, service, leader, log_format)

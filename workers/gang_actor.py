@@ -15,6 +15,7 @@ import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from configs.log_lines import LogFormat, write_as_actor
 from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
 from workers.gang import Call, Gang, NoPlace, needs, no_place
 from workers.orders import Order, Outcome, Rank, RankLost
@@ -46,9 +47,12 @@ class GangActor(Forwarding):
         folder: str,
         workers: WorkerShape,
         avoid: Sequence[str] = (),
+        log_format: LogFormat = "text",
     ) -> None:
+        write_as_actor(log_format)
         watch_this_process()
-        self._does = Gang(RayRanks(name, base_model, storage, folder, workers, avoid), workers.lease_seconds)
+        ranks = RayRanks(name, base_model, storage, folder, workers, avoid, log_format)
+        self._does = Gang(ranks, workers.lease_seconds)
 
     def run(self, order: Order) -> Outcome:
         outcome: Outcome = self._does.run(order)
@@ -70,10 +74,11 @@ class RayRanks:
         folder: str,
         workers: WorkerShape,
         avoid: Sequence[str] = (),
+        log_format: LogFormat = "text",
     ) -> None:
         end_ranks(name)  # of a supervisor before this one
         self._name = name
-        self._arguments = (base_model, storage, folder, workers.cpus)
+        self._arguments = (base_model, storage, folder, workers.cpus, log_format)
         self._workers = workers
         self._avoid = avoid
         self._actors: list[Any] = []
@@ -205,6 +210,7 @@ def gang_actor(
     workers: WorkerShape,
     namespace: str = NAMESPACE,
     avoid: Sequence[str] = (),
+    log_format: LogFormat = "text",
 ) -> Any:
     """The gang of that name: the running one, or a new one that starts to form at once.
 
@@ -217,7 +223,7 @@ def gang_actor(
     # On the head's machine, whose loss ends everything anyway: the gang depends on no further machine.
     options = detached(name, namespace) | {"num_cpus": 0, "resources": {HEAD: 0.001}}
     handle = GangActor.options(**options).remote(  # type: ignore[attr-defined]
-        name, base_model, storage, folder, workers, avoid
+        name, base_model, storage, folder, workers, avoid, log_format
     )
     handle.warm.remote()
     return handle

@@ -161,6 +161,43 @@ class Point:
 LogLine = str | Point
 
 
+class Phase(StrEnum):
+    """What a worker does."""
+
+    IDLE = "idle"
+    WAITING = "waiting"
+    """Its ranks have no places yet."""
+    LOADING = "loading"
+    TRAINING = "training"
+    SCORING = "scoring"
+    SAVING = "saving"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseTime:
+    """When a worker did a part of an order, by its machine's clock."""
+
+    phase: Phase
+    candidate: str = ""
+    """As in `Point`."""
+    began: float
+    """Unix time; so is `ended`."""
+    ended: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoneAt:
+    """Where and when an order was done. For traces: nothing is decided by it."""
+
+    node: str = ""
+    """Name of the machine; of a gang, that of rank 0. Empty: nobody can say, the worker was lost."""
+    phases: tuple[PhaseTime, ...] = ()
+    """What the worker did in turn; of a gang, rank 0."""
+
+
+NOWHERE = DoneAt()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """The adapter is in staging."""
@@ -204,6 +241,8 @@ class Trained:
     """Sentences on what makes the scores doubtful, for the owner of the task."""
     worker_seconds: float | None = field(default=None, compare=False)
     """Time that the order had the worker, loading, scoring and saving included. None: the worker cannot say."""
+    done_at: DoneAt = field(default=NOWHERE, compare=False)
+    """Where and when its parts were done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +258,8 @@ class Evaluated:
     of_rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """Of a revision: id of the revision that brought evaluation rows to the score on them, and their number."""
     worker_seconds: float | None = field(default=None, compare=False)
+    """As in `Trained`."""
+    done_at: DoneAt = field(default=NOWHERE, compare=False)
     """As in `Trained`."""
 
 
@@ -242,6 +283,8 @@ class Failed:
     """Lines that no heartbeat has fetched."""
     worker_seconds: float | None = field(default=None, compare=False)
     """As in `Trained`; None for what was lost."""
+    done_at: DoneAt = field(default=NOWHERE, compare=False)
+    """As in `Trained`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,21 +297,11 @@ class EvaluatedTogether:
     seconds: float
     worker_seconds: float | None = field(default=None, compare=False)
     """As in `Trained`."""
+    done_at: DoneAt = field(default=NOWHERE, compare=False)
+    """As in `Trained`."""
 
 
 Outcome = Trained | Evaluated | EvaluatedTogether | Failed
-
-
-class Phase(StrEnum):
-    """What a worker does."""
-
-    IDLE = "idle"
-    WAITING = "waiting"
-    """Its ranks have no places yet."""
-    LOADING = "loading"
-    TRAINING = "training"
-    SCORING = "scoring"
-    SAVING = "saving"
 
 
 @dataclass(frozen=True, kw_only=True)

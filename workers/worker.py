@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import os
+import platform
 import threading
 import time
 import traceback
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable, WorkersBusy
+from configs.log_lines import busy_with, warnings_told
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes
@@ -38,6 +41,7 @@ from workers.order_book import OrderBook
 from workers.orders import (
     ALONE,
     BaseLayout,
+    DoneAt,
     Evaluate,
     Evaluated,
     EvaluatedTogether,
@@ -47,6 +51,7 @@ from workers.orders import (
     Order,
     Outcome,
     Phase,
+    PhaseTime,
     Progress,
     Rank,
     RowsDamaged,
@@ -64,7 +69,11 @@ if TYPE_CHECKING:
     from workers.serving.question import Answer, Question
     from workers.serving.replica import Replica
 
+log = logging.getLogger("onebasis.worker")
+
 LOG_LINES_KEPT = 1000  # between two heartbeats; older lines are dropped first
+PHASES_KEPT = 100
+"""Phases of one order: a training has four, `auto` some more for each candidate."""
 REHEARSED: dict[Kind, tuple[Row, ...]] = {
     "sequence_classification": (TextRow("one", None, 0), TextRow("two", None, 1)),
     "image_classification": tuple(ImageRow(np.zeros((8, 8, 3), np.uint8), label) for label in (0, 1)),
@@ -97,6 +106,9 @@ class Worker:
         self._wanted: dict[str, Asked] = {}
         """Token to what the control plane asked for."""
         self._progress = Progress()
+        self._phases: list[PhaseTime] = []
+        """What was done of the order under way, up to the phase before the one that `_progress` tells."""
+        self._phase_began = 0.0
         self._log_lines: list[LogLine] = []
 
     def warm(self) -> BaseLayout:
@@ -135,7 +147,12 @@ class Worker:
             Unavailable: The storage was away; nothing is remembered, and the order may be given again.
             Corrupt: Stored bytes are not what was written, which is no task's fault; nothing is remembered either.
         """
-        return self._book.run(order.token, lambda: self._outcome(order, rank))
+
+        def work() -> Outcome:  # in the work thread
+            with busy_with(task_id="" if isinstance(order, EvaluateTogether) else order.task_id):
+                return self._outcome(order, rank)
+
+        return self._book.run(order.token, work)
 
     def answer(self, questions: Sequence[Question]) -> Sequence[Answer | OnebasisError]:
         """Have published tasks answer rows, in the thread of the orders: two threads must not make models at once.
@@ -193,8 +210,10 @@ class Worker:
         """In the work thread: do the order and turn what goes wrong into an outcome."""
         outcome: Outcome
         started = time.monotonic()
+        log.info("order %s begins: %s", order.token, type(order).__name__)
         try:
-            outcome = self._do(order, rank)
+            with warnings_told(self._warn):
+                outcome = self._do(order, rank)
         except Cancelled:
             outcome = Failed(token=order.token, fault="cancelled", message="cancelled while it was running")
         except Preempted as error:
@@ -216,10 +235,13 @@ class Worker:
             self._report(Progress())
             with self._lock:
                 self._wanted.pop(order.token, None)
-        seconds = time.monotonic() - started
+                phases, self._phases = tuple(self._phases), []
+        seconds, done_at = time.monotonic() - started, DoneAt(node=platform.node(), phases=phases)
+        how = f"{outcome.fault}: {outcome.message}" if isinstance(outcome, Failed) else type(outcome).__name__
+        log.info("order %s ended after %.1f s: %s", order.token, seconds, how)
         if isinstance(outcome, Evaluated | EvaluatedTogether):
-            return replace(outcome, worker_seconds=seconds)
-        return replace(outcome, worker_seconds=seconds, log_lines=lines)
+            return replace(outcome, worker_seconds=seconds, done_at=done_at)
+        return replace(outcome, worker_seconds=seconds, done_at=done_at, log_lines=lines)
 
     def _do(self, order: Order, rank: Rank) -> Outcome:
         def asked() -> Asked:
@@ -257,8 +279,24 @@ class Worker:
 
     def _report(self, progress: Progress) -> None:
         with self._lock:
+            self._note_phase(progress)
             self._log_lines = [*self._log_lines, *progress.log_lines][-LOG_LINES_KEPT:]
             self._progress = replace(progress, log_lines=())
+
+    def _warn(self, line: str) -> None:
+        """Keep a warning with the task: a machine's own log may be gone with it."""
+        with self._lock:
+            self._log_lines = [*self._log_lines, line][-LOG_LINES_KEPT:]
+
+    def _note_phase(self, progress: Progress) -> None:
+        """Where a phase ends, with the next one's first report, keep when it was."""
+        before, now = self._progress, time.time()
+        if (before.phase, before.candidate) == (progress.phase, progress.candidate):
+            return
+        if before.phase is not Phase.IDLE and len(self._phases) < PHASES_KEPT:
+            ended = PhaseTime(phase=before.phase, candidate=before.candidate, began=self._phase_began, ended=now)
+            self._phases.append(ended)
+        self._phase_began = now
 
 
 def evaluate_version(

@@ -15,6 +15,7 @@ import ray
 import ray.util
 
 from configs.errors import OnebasisError
+from configs.log_lines import LogFormat, write_as_actor
 from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
 from workers.gang import GB
@@ -63,7 +64,15 @@ class Forwarding:
 class WorkerActor(Forwarding):
     """Makes one Worker and forwards to it. Arguments as in `worker_actor`."""
 
-    def __init__(self, base_model: BaseModelSettings, storage: StorageSettings, folder: str, cpus: float) -> None:
+    def __init__(
+        self,
+        base_model: BaseModelSettings,
+        storage: StorageSettings,
+        folder: str,
+        cpus: float,
+        log_format: LogFormat = "text",
+    ) -> None:
+        write_as_actor(log_format)
         watch_this_process()
         set_environment(base_model, cpus)
         os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
@@ -107,6 +116,7 @@ def worker_actor(
     workers: WorkerShape,
     namespace: str = NAMESPACE,
     avoid: Sequence[str] = (),
+    log_format: LogFormat = "text",
 ) -> Any:
     """The actor of that name: the running one, or a new one that starts to load its base model at once.
 
@@ -121,7 +131,7 @@ def worker_actor(
     """
     options = detached(name, namespace) | reserved(workers) | ({"label_selector": away_from(avoid)} if avoid else {})
     handle = WorkerActor.options(**options).remote(  # type: ignore[attr-defined]
-        base_model, storage, folder, workers.cpus
+        base_model, storage, folder, workers.cpus, log_format
     )
     handle.warm.remote()
     return handle

@@ -29,6 +29,7 @@ from orchestrator.controller import PREEMPT_SECONDS, Controller
 from orchestrator.leadership import Leadership, refuse_other_settings, shared_settings
 from orchestrator.ray_head import ADDRESS_FILE, TOKEN_FILE
 from orchestrator.reports.mlflow_mirror import Mirror
+from orchestrator.reports.traces import Traces
 from orchestrator.reports.webhooks import Webhooks
 from orchestrator.serving.deployment import Deployment
 from orchestrator.signs_of_life import ray_trouble
@@ -47,6 +48,8 @@ RELEASE_SECONDS = 30.0
 """Longest wait for the writer to give the store up: one record, after a merge that is under way."""
 HAND_OVER_SECONDS = 5.0
 """Longest wait for the loop to end when another control plane goes on. What it does after that, it may not."""
+TRACES_SECONDS = 2.0
+"""Longest wait at the end for a collector. What it was not told by then, it is told by the next control plane."""
 LOOK_EVERY_SECONDS = 3.0
 """Pause between two looks at the store and the database, three small reads: with the looks themselves, people are told
 within ten seconds."""
@@ -296,6 +299,7 @@ class Leading:
             controller.alarms,
         )
         self.service.sources.send_soon = self._webhooks.wake
+        self._traces = Traces(queue, lambda: self.service.settings, process.identity.name)
         self._loop = threading.Thread(target=controller.run, args=(self._stop,), name="controller", daemon=True)
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
@@ -310,8 +314,10 @@ class Leading:
         ):
             threading.Thread(target=run, args=(self._stop,), name=name, daemon=True).start()
         self._reporter = threading.Thread(target=mirror.run, args=(self._stop,), name="mlflow", daemon=True)
+        self._tracer = threading.Thread(target=self._traces.run, args=(self._stop,), name="traces", daemon=True)
         self._loop.start()
         self._reporter.start()
+        self._tracer.start()
         threading.Thread(target=self._checker.start, name="checker", daemon=True).start()
         if settings.serving is not None:
             threading.Thread(target=self._serve, args=(settings,), name="serving", daemon=True).start()
@@ -332,6 +338,7 @@ class Leading:
         self._loop.join(timeout=HAND_OVER_SECONDS if hands_over else PREEMPT_SECONDS + 10)
         if not hands_over:
             self._reporter.join(timeout=60)
+            self._tracer.join(timeout=TRACES_SECONDS)
             self._deployment.end()
         self._queue.close()
 
@@ -347,4 +354,6 @@ class Leading:
             "store_error": controller.store_error.as_dict() if controller.store_error else None,
             "mlflow_behind": mirror.behind,
             "mlflow_error": mirror.error,
+            "traces_behind": self._traces.behind,
+            "traces_error": self._traces.error,
         }

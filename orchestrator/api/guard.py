@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from configs import log_lines
 from configs.document import Request
 from configs.errors import InvalidInput, NotFound, OnebasisError
 from configs.uploads import upload_id
@@ -224,7 +225,9 @@ class Guard:
         from orchestrator.tasks.audit_log import DONE
 
         audit = self._service.sources.audit
-        asked = audit.asked(caller.name, caller.token_id, route.name, told(request))
+        request_id = log_lines.now().request_id
+        about = told(request) | ({"request_id": request_id} if request_id else {})
+        asked = audit.asked(caller.name, caller.token_id, route.name, about)
         outcome = "error"
         try:
             yield

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+from uuid import uuid4
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
@@ -43,7 +45,7 @@ from configs.errors import (
     UnknownToken,
 )
 from configs.limits import BYTES_MAX, short, short_text
-from configs.plain_text import escaped
+from configs.log_lines import TRACEPARENT, busy_with, write_to
 from configs.settings import TlsSettings, read_settings
 from orchestrator.api import requests
 from orchestrator.api.callers import Callers
@@ -62,6 +64,7 @@ from orchestrator.web.pages import INDEX, read_pages
 from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_private
 
 log = logging.getLogger("onebasis.server")
+requested = logging.getLogger("onebasis.requests")
 
 PAGE_PATH, FILES_PATH = "/", "/web/"
 """Where the web page is, and below which its files are: both are sent to everybody."""
@@ -90,6 +93,9 @@ LOOKUPS_AT_ONCE = 16
 """Tokens that are looked up at the same time: each is one read of the database."""
 PROBLEM = "urn:onebasis:problem:"
 """What the types of errors begin with; their codes follow, as docs/trouble.md has them."""
+REQUEST_ID = "X-Request-Id"
+"""Header with the id of a request: who asks may choose it, the answer has it, and so have log lines and the audit
+log."""
 KEY_MAX = 200
 """Characters of an idempotency key."""
 CONNECTIONS_MAX = 500
@@ -114,11 +120,16 @@ class Problem(AsciiJson):
     media_type = "application/problem+json"
 
     def __init__(
-        self, error: OnebasisError, status: int | None = None, headers: Mapping[str, str] | None = None
+        self,
+        request: Request,
+        error: OnebasisError,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        code = status or error.http_status
+        code, request_id = status or error.http_status, request.state.request_id
         about = {"type": f"{PROBLEM}{error.row}", "title": error.title, "status": code, "detail": error.sentence}
-        super().__init__({**about, **error.as_dict()}, code, headers)
+        facts = {**about, **error.as_dict(), "request_id": request_id}
+        super().__init__(facts, code, {**(headers or {}), REQUEST_ID: request_id})
 
 
 def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
@@ -138,6 +149,7 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
 
     @app.middleware("http")
     async def authenticate(request: Request, call_next: Any) -> Any:
+        request.state.request_id = request_id = _request_id(request)
         if request.url.path in (ALIVE_PATH, PAGE_PATH) or request.url.path.startswith(FILES_PATH):
             return await call_next(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -148,32 +160,37 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
             return report(request, error)
         request.state.caller = caller
         began = time.perf_counter()
-        answer = await call_next(request)
-        route = request.scope.get("route")
-        meter.count(getattr(route, "name", "none"), answer.status_code, time.perf_counter() - began)
+        with busy_with(request_id=request_id, traceparent=_traceparent(request)):
+            answer = await call_next(request)
+            seconds, route = time.perf_counter() - began, getattr(request.scope.get("route"), "name", "none")
+            if request.method == "POST":
+                requested.info("%s: %d in %.3f s", route, answer.status_code, seconds)
+        meter.count(route, answer.status_code, seconds)
+        answer.headers[REQUEST_ID] = request_id
         return answer
 
     @app.exception_handler(OnebasisError)
-    def report(_: Request, error: OnebasisError) -> Problem:
+    def report(request: Request, error: OnebasisError) -> Problem:
         # The rest of a body that is too long is not read, so this connection cannot be used again.
         headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
         if isinstance(error, UnknownToken):
             headers["www-authenticate"] = "Bearer"
         if isinstance(error, TooManyRequests):
             headers["retry-after"] = str(math.ceil(error.retry_seconds))
-        return Problem(error, headers=headers)
+        return Problem(request, error, headers=headers)
 
     @app.exception_handler(HTTPException)
     def no_route(request: Request, error: HTTPException) -> Problem:
         what = f"there is no {request.method} {short_text(request.url.path)}"
         told = NotFound(what, todo=f"{OPENAPI_PATH} lists what there is")
-        return Problem(told, error.status_code)
+        return Problem(request, told, error.status_code)
 
     @app.exception_handler(Exception)
     def confess(request: Request, error: Exception) -> Problem:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        with busy_with(request_id=request.state.request_id):
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
-        return Problem(told)
+        return Problem(request, told)
 
     @app.get(ALIVE_PATH, include_in_schema=False)
     async def alive() -> AsciiJson:  # needs no token: who waits for an answer asks it, and so do load balancers
@@ -235,6 +252,18 @@ def _endpoint(
         return await to_thread.run_sync(work, limiter=threads)
 
     return answer
+
+
+def _request_id(request: Request) -> str:
+    """What a request calls itself; or a new id, where that is nothing, or nothing that a log should have."""
+    said: str = request.headers.get(REQUEST_ID, "")
+    return said if re.fullmatch("[A-Za-z0-9._-]{1,64}", said) else uuid4().hex
+
+
+def _traceparent(request: Request) -> str:
+    """The trace that a request belongs to; empty where it names none, or not as W3C Trace Context has it."""
+    said: str = request.headers.get("traceparent", "")
+    return said if TRACEPARENT.fullmatch(said) else ""
 
 
 def _key(request: Request) -> str:
@@ -519,21 +548,12 @@ _REFUSALS = {
 }
 
 
-class _PlainFormatter(logging.Formatter):
-    """Log lines that are safe to show on a terminal, whatever text a worker or a library wrote."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record))
-
-
 def main(state_dir: Path) -> None:
     """Run until SIGTERM. Phases of the start are written to the log, which `onebasis up` shows."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    settings = read_settings(state_dir / SETTINGS_FILE)
+    write_to(sys.stderr, settings.log_format)
     for noisy in ("httpx", "alembic", "mlflow", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    settings = read_settings(state_dir / SETTINGS_FILE)
     lock = open_private(state_dir / LOCK_FILE, "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,6 +56,7 @@ class ProblemShape(Told):
     title: str
     status: int
     detail: str
+    request_id: str
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------
@@ -690,6 +691,8 @@ class HealthShape(TypedDict):
     store_error: NotRequired[Facts | None]
     mlflow_behind: NotRequired[bool | int]
     mlflow_error: NotRequired[str | None]
+    traces_behind: NotRequired[int | None]
+    traces_error: NotRequired[str]
 
 
 class StatusOfBase(TypedDict):

@@ -90,6 +90,7 @@ class _Status(Collector):
             ("onebasis_loop_age_seconds", "Time since the loop's last good step.", "loop_seconds_ago"),
             ("onebasis_silence_seconds", "Longest silence of a worker or a store's writer.", "heard_seconds_ago"),
             ("onebasis_mlflow_behind", "1 while MLflow does not have every event yet.", "mlflow_behind"),
+            ("onebasis_traces_behind_events", "Events that the traces do not show yet.", "traces_behind"),
         ):
             if isinstance(status.get(key), int | float):
                 yield _one(name, words, status[key])

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+from configs import log_lines
 from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull
 from configs.places import OpenFile, OutsideError, is_below, is_in_bucket, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
@@ -401,6 +402,7 @@ def would_admit(
         submitted_at=now,
         not_due=spec.not_before is not None and spec.not_before.timestamp() > now,
         submitted_by=submitted_by,
+        traceparent=log_lines.now().traceparent,
         train_key=rows.train.key(folder, "train") if rows.train else f"{folder}/adapter.safetensors",
         train_count=draft.train_count,
         eval_key=rows.evaluation.key(folder, "eval") if rows.evaluation else "",

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0010"
+HEAD = "0011"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -135,8 +135,10 @@ events = Table(
     Column("at", Float, nullable=False),
     Column("kind", String(40), nullable=False),
     Column("text", Text, nullable=False),
+    Column("facts", Text),
     Index("events_by_task", "task_id", "event_id"),
 )
+"""`text` is for people; `facts`, as JSON, for traces: empty for log lines, and for what older releases wrote."""
 
 uses = Table(
     "uses",
@@ -149,9 +151,11 @@ uses = Table(
     Column("ended_at", Float, nullable=False),
     Column("places", Integer, nullable=False, server_default="1"),
     Column("gpus", Float, nullable=False, server_default="0"),
+    Column("worker", String(80), nullable=False, server_default=""),
+    Column("done_at", Text),
 )
 """Worker-seconds, one row for each order that a worker had, the places of the worker, and the GPUs of each. `token` is
-the order's: reported twice, it counts once."""
+the order's: reported twice, it counts once. `done_at`, as JSON, is the order's `DoneAt`, for traces."""
 
 team_uses = Table(
     "team_uses",
@@ -260,3 +264,11 @@ verdicts = Table(
     Column("at", Float, nullable=False),
 )
 """What `gate.pre_publish` answered, once for each version."""
+
+followers = Table(
+    "followers",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("event_id", BigInteger, nullable=False),
+)
+"""What is told elsewhere of the events, to the last event that was told there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from workers.orders import Trained
+from workers.orders import NOWHERE, DoneAt, Trained
 
 
 class Reason(StrEnum):
@@ -81,6 +81,7 @@ class TrainingFailed:
     at: float
     seconds: float | None = None
     """Worker-seconds of the attempt; None: not known, and the time since its start counts."""
+    done_at: DoneAt = NOWHERE
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ class Merged:
     """The store committed `version` with this task in it."""
 
     version: int
+    merge_seconds: float | None = None
+    """As in `Version`; None: not known."""
+    bytes_written: int | None = None
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,15 @@ from orchestrator.tasks.task_rows import (
     NamedEvent,
     TaskEvent,
     columns_of,
+    done_at_in,
+    done_at_text,
+    facts_of,
     narrate,
     point_text,
     points_of,
     record_of,
 )
-from workers.orders import LogLine, Point
+from workers.orders import NOWHERE, DoneAt, LogLine, Point
 
 log = logging.getLogger("onebasis.controller")
 
@@ -95,6 +98,10 @@ class Spent:
     """Places of the worker, each of which is charged."""
     gpus: float = 0.0
     """GPUs of each of them."""
+    worker: str = ""
+    """Worker that had it; empty where an older release wrote it."""
+    done_at: str | None = None
+    """Where and when it did its parts, see `task_rows.done_at_of`."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ class TaskQueue:
             rows = [{"after_id": other, "task_id": record.task_id} for other in record.awaits]
             if rows:
                 connection.execute(insert(_awaits), rows)
-            self._append(connection, record.task_id, [("submitted", note)], record.submitted_at)
+            self._append(connection, record.task_id, [("submitted", note)], record.submitted_at, facts_of(record))
         return record, True
 
     def by_client_key(self, team: str, client_key: str) -> TaskRecord | None:
@@ -710,10 +717,13 @@ class TaskQueue:
 
     # --- what was used -----------------------------------------------------------------------------------------
 
-    def charge(self, task_id: str, use: Use, *, token: str, what: str) -> None:
+    def charge(
+        self, task_id: str, use: Use, *, token: str, what: str, worker: str = "", done_at: DoneAt = NOWHERE
+    ) -> None:
         """Add the cost of an order that is no step in a task's life (scoring it, refining it again), once per token."""
+        where: dict[str, Any] = {"worker": worker, "done_at": done_at_text(done_at)}
         with self._database.writing() as connection:
-            self._charge(connection, Spent(task_id=task_id, token=token, what=what, **vars(use)))
+            self._charge(connection, Spent(task_id=task_id, token=token, what=what, **where, **vars(use)))
 
     def use_of_teams(self, now: float) -> dict[str, float]:
         """Place-seconds per team, halved for every seven days since each was used.
@@ -761,14 +771,16 @@ class TaskQueue:
         if written.rowcount != 1:
             raise _OvertakenError
         now = time.time()
-        self._append(connection, task_id, [(type(event).__name__, narrate(after, event, record.warnings))], now)
+        told = (type(event).__name__, narrate(after, event, record.warnings))
+        self._append(connection, task_id, [told], now, facts_of(after, event, record))
         if happening := of_task(record, after, now):
             put(connection, happening)
         if after.state is not record.state:
             self._tell_those_behind(connection, after)
         if use := used_by(record, event, row.lease_until):
             what = "refine" if record.state is TaskState.REFINING else "train"
-            self._charge(connection, Spent(task_id=task_id, token=record.token, what=what, **vars(use)))
+            where: dict[str, Any] = {"worker": record.worker, "done_at": done_at_text(done_at_in(event))}
+            self._charge(connection, Spent(task_id=task_id, token=record.token, what=what, **where, **vars(use)))
         return after
 
     def _before(self, connection: Connection, titles: Sequence[str]) -> tuple[str, ...]:
@@ -833,8 +845,15 @@ class TaskQueue:
         else:
             connection.execute(update(_team_uses).where(team).values(**vars(total)))
 
-    def _append(self, connection: Connection, task_id: str, lines: Iterable[tuple[str, str]], at: float) -> None:
-        rows = [{"task_id": task_id, "at": at, "kind": kind, "text": text} for kind, text in lines]
+    def _append(
+        self,
+        connection: Connection,
+        task_id: str,
+        lines: Iterable[tuple[str, str]],
+        at: float,
+        facts: str | None = None,
+    ) -> None:
+        rows = [{"task_id": task_id, "at": at, "kind": kind, "text": text, "facts": facts} for kind, text in lines]
         if rows:
             self._database.numbered(connection, insert(_events), rows)
 

@@ -120,6 +120,8 @@ class TaskRecord(Section):
     submitted_at: float
     """Unix seconds, as all times here."""
     submitted_by: str = ""
+    traceparent: str = ""
+    """What the request that submitted it said of the trace that it belongs to (W3C Trace Context); empty: nothing."""
     train_key: str = ""
     """Storage key of the frozen training rows; empty for an import."""
     train_count: int = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from configs.errors import UnreadableTask
 from orchestrator.tasks.task_events import Event, RefinementRefused, TrainingDone, TrainingFailed
 from orchestrator.tasks.task_record import TaskRecord
-from workers.orders import Point, Trained
+from workers.orders import NOWHERE, DoneAt, Phase, PhaseTime, Point, Trained
 
 LOG = "log"
 """Kind of the events that are lines of a task's training log."""
@@ -40,6 +40,65 @@ class NamedEvent(TaskEvent):
     @property
     def team(self) -> str:
         return self.title.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class LifeEvent:
+    """What an event made of a task, for programs."""
+
+    event_id: int
+    at: float
+    kind: str
+    facts: Mapping[str, Any]
+    """See `facts_of`."""
+
+
+def facts_of(after: TaskRecord, event: Event | None = None, before: TaskRecord | None = None) -> str:
+    """What an event made of a task, as JSON.
+
+    Args:
+        after: The task after the event.
+        event: None: its submission.
+        before: The task before it; None: it was not there.
+    """
+    facts: dict[str, Any] = {
+        "state": str(after.state),
+        "was": str(before.state) if before else "",
+        "revision": after.revision,
+        "attempt": after.attempt,
+        "version": after.version,
+    }
+    for name in ("token", "worker", "merge_key", "merge_seconds", "bytes_written"):
+        if (fact := getattr(event, name, None)) is not None:
+            facts[name] = fact
+    if after.reason_codes:
+        facts["codes"] = list(after.reason_codes)
+    return json.dumps(facts)
+
+
+def done_at_in(event: Event) -> DoneAt:
+    """Where and when the order was done that an event ends."""
+    match event:
+        case TrainingDone(outcome=outcome):
+            return outcome.done_at
+        case TrainingFailed(done_at=done_at):
+            return done_at
+    return NOWHERE
+
+
+def done_at_text(done_at: DoneAt) -> str | None:
+    """As the tables keep it; None where nobody can say."""
+    return None if done_at == NOWHERE else json.dumps(asdict(done_at))
+
+
+def done_at_of(text: str | None) -> DoneAt:
+    """The reverse; what this release cannot read is left out."""
+    try:
+        told = json.loads(text or "{}")
+        phases = tuple(PhaseTime(**one | {"phase": Phase(one["phase"])}) for one in told.get("phases", ()))
+        return DoneAt(node=told.get("node", ""), phases=phases)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return NOWHERE
 
 
 def points_of(events: Iterable[TaskEvent]) -> list[Point]:

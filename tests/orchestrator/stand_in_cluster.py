@@ -29,6 +29,7 @@ from subspace_store.requests import StoreRequest
 from subspace_store.storage.opening import open_storage
 from tests.builders import LAYOUT, adapter
 from workers.orders import (
+    DoneAt,
     Evaluate,
     Evaluated,
     EvaluatedTogether,
@@ -37,6 +38,7 @@ from workers.orders import (
     Order,
     Outcome,
     Phase,
+    PhaseTime,
     Point,
     Progress,
     Train,
@@ -446,6 +448,7 @@ class StandInCluster:
             scores_of_rows={one: self.on_rows(order.task_id, one) for one in brought_by},
             main_scores_of_rows={one: self.main_on_rows(order.task_id, one) for one in brought_by},
             worker_seconds=2.5,
+            done_at=_done_at(Phase.LOADING, Phase.TRAINING, Phase.SCORING, Phase.SAVING),
         )
 
     def _evaluate(self, order: Evaluate) -> Outcome:
@@ -465,6 +468,7 @@ class StandInCluster:
             seconds=0.1,
             of_rows=of_rows,
             worker_seconds=0.5,
+            done_at=_done_at(Phase.LOADING, Phase.SCORING),
         )
 
     def _opened(self, base_model: str) -> SubspaceStore:
@@ -522,3 +526,10 @@ def _another(future: Future[Any]) -> Future[Any]:
 
     future.add_done_callback(copy)
     return mine
+
+
+def _done_at(*phases: Phase) -> DoneAt:
+    """A machine called `node-a`, where each phase took 0.1 s and the last has just ended."""
+    began = time.time() - 0.1 * len(phases)
+    times = ((phase, began + 0.1 * number) for number, phase in enumerate(phases))
+    return DoneAt(node="node-a", phases=tuple(PhaseTime(phase=p, began=at, ended=at + 0.1) for p, at in times))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable, WorkersBusy
+from configs.log_lines import ids
 from configs.settings import BaseModelSettings, StorageSettings
 from subspace_store.adapter import adapter_from_bytes
 from subspace_store.storage.memory import MemoryStorage
@@ -315,6 +319,32 @@ def test_every_outcome_says_how_long_the_order_had_the_worker(worker: Worker, mo
     )
     assert isinstance(scored, Evaluated | Failed)
     assert scored.worker_seconds is not None
+
+
+def test_what_an_order_was_warned_of_goes_with_its_task(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: Any) -> Any:
+        assert ids()["task_id"] == "task-warned of"
+        logging.getLogger("a.library").warning("something is doubtful")
+        raise InvalidInput("of the user")
+
+    monkeypatch.setattr("workers.worker.train_task", warned)
+    outcome = worker.run(train("warned of"))
+    assert isinstance(outcome, Failed)
+    assert outcome.log_lines == ("warning: something is doubtful",)
+
+
+def test_every_outcome_says_where_and_when_its_parts_were_done(worker: Worker) -> None:
+    began = time.time()
+    outcomes = [worker.run(train("in parts")), worker.run(train("none", data={"label_column": "nothing"}))]
+    for outcome, parts in zip(outcomes, (["loading", "training", "scoring", "saving"], ["loading"]), strict=True):
+        phases = outcome.done_at.phases
+        assert [str(one.phase) for one in phases] == parts
+        assert outcome.done_at.node == platform.node()
+        assert began <= phases[0].began
+        assert all(one.ended == following.began for one, following in pairwise(phases))
+        assert phases[-1].ended <= time.time()
+        assert outcome.worker_seconds == pytest.approx(phases[-1].ended - phases[0].began, abs=0.5)
+        began = phases[-1].ended
 
 
 def test_an_order_that_waits_can_be_cancelled_before_it_begins(worker: Worker, gate: Gate) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -16,15 +18,18 @@ from pydantic import TypeAdapter
 
 from configs.document import Request
 from configs.errors import NotAllowed, NotFound
-from configs.settings import RoleName
+from configs.log_lines import formatter
+from configs.settings import RoleName, TracingSettings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api import requests
 from orchestrator.api.access import EVERY_TEAM, About, Caller, Role, check_main, check_role
 from orchestrator.api.requests import CreateToken, ServiceRequest, Submit
 from orchestrator.api.routes import PREFIX, ROUTES, Route
+from orchestrator.reports.traces import Traces
 from subspace_store import requests as store_requests
 from subspace_store.requests import Merge, Publish, RecordScores, Refine, Reject, StoreRequest
 from tests.builders import BASE
+from tests.orchestrator.receiver import Receiver
 from tests.orchestrator.site import Site
 from workers.orders import Train
 
@@ -104,7 +109,7 @@ class People:
             role, _, team = who.partition(" of ")
             asked = CreateToken(name=who, role=role, team=None if team == "all teams" else team)  # type: ignore[arg-type]
             self.tokens[who] = self.site.client.ask(asked)["token"]
-        headers = {"authorization": f"Bearer {self.tokens[who]}"}
+        headers = {"authorization": f"Bearer {self.tokens[who]}", "x-request-id": "the-one"}
         with httpx.Client(base_url=self.site.url, headers=headers, trust_env=False) as client:
             return client.request(verb, path if path == "/metrics" else PREFIX + path, json=body, params=query)
 
@@ -436,8 +441,17 @@ def test_a_submission_is_written_down_by_its_name_and_digest(site: Site, people:
 
 
 @pytest.mark.changes
-def test_a_token_is_in_no_answer_no_log_no_event_and_no_file(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_token_is_in_no_answer_no_log_no_event_no_trace_and_no_file(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(0)
+    lines, collector = io.StringIO(), Receiver()
+    in_json = logging.StreamHandler(lines)
+    in_json.setFormatter(formatter("json"))
+    logging.getLogger().addHandler(in_json)
+    tracing = TracingSettings(endpoint=collector.url)
+    traces = Traces(site.plant.queue, lambda: site.plant.settings.model_copy(update={"tracing": tracing}))
+    traces.look()
     people = People(site)
     said = [people.ask("admin of all teams", "GET", "/status").text]
     canary = people.tokens["admin of all teams"]
@@ -453,7 +467,14 @@ def test_a_token_is_in_no_answer_no_log_no_event_and_no_file(site: Site, caplog:
     said.append(json.dumps([row.text for row in site.plant.queue.events(site.plant.queue.find("red/one").task_id)]))
     said.append(json.dumps(site.client.ask(requests.ReadAudit(limit=10_000))))
     said.append(caplog.text)
-    for text in said:
+    logging.getLogger().removeHandler(in_json)
+    site.wait_for("red/one", "published")
+    traces.look()
+    collector.close()
+    told = [body.decode("latin-1") for _, body in collector.came]
+    assert "onebasis.requests" in lines.getvalue()
+    assert any("red/one" in text for text in told)
+    for text in (*said, lines.getvalue(), *told):
         assert canary not in text
         assert wrong not in text
     with site.plant.queue.database.reading() as connection:

@@ -38,7 +38,7 @@ class Sender:
     def __init__(self, site: Site, role: str = "submitter", team: str | None = "red") -> None:
         self.site = site
         self.token = site.client.ask(CreateToken(name=f"{role}-{team}", role=role, team=team))["token"]  # type: ignore[arg-type]
-        headers = {"authorization": f"Bearer {self.token}"}
+        headers = {"authorization": f"Bearer {self.token}", "x-request-id": "the-one"}
         self.http = httpx.Client(base_url=site.url + PREFIX, headers=headers, trust_env=False)
 
     def ask(self, path: str, team: str = "red", **contents: bytes) -> httpx.Response:
@@ -185,7 +185,8 @@ def test_the_audit_log_has_an_upload_and_none_of_its_pieces(site: Site, red: Sen
     upload = red.ask("/uploads", x=bytes(100)).json()["upload_id"]
     asked, ended = site.client.ask(ReadAudit(limit=10_000))[before:]
     assert (asked["name"], asked["request"], asked["outcome"]) == ("submitter-red", "upload", "asked")
-    assert json.loads(asked["about"]) == {"team": "red", "files": {"upload_id": upload, "count": 1, "bytes": 100}}
+    files = {"upload_id": upload, "count": 1, "bytes": 100}
+    assert json.loads(asked["about"]) == {"team": "red", "files": files, "request_id": "the-one"}
     assert (ended["of"], ended["outcome"]) == (asked["seq"], "done")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import socket
 import struct
@@ -23,6 +24,7 @@ import torch
 import yaml
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, OutcomeUnknown, StoreFull, Unavailable
+from configs.log_lines import ids
 from configs.task_spec import TaskSpec
 from orchestrator.api import views
 from orchestrator.api.client import Client
@@ -49,6 +51,7 @@ from orchestrator.api.requests import (
 from orchestrator.api.routes import ROUTES
 from orchestrator.api.service import Service
 from orchestrator.scheduling.scheduler import Decision
+from orchestrator.tasks.audit_log import AuditLog
 from orchestrator.tasks.doubtful_settings import few_rows
 from orchestrator.tasks.task_record import TaskState
 from orchestrator.worker_pool import PoolStatus
@@ -718,3 +721,30 @@ def test_a_write_that_the_store_refuses_is_an_alarm_until_one_succeeds(
     site.client.ask(Hold(reason="audit", actor="ann"))
     assert site.client.ask(Status())["alarms"] == []
     assert (site.client.ask(Health())["held"] or {})["reason"] == "audit"
+
+
+@pytest.mark.parametrize("said", ["from-a-proxy.7", "", "two words", "x" * 65, "canary\x1b"])
+def test_a_request_has_one_id_in_its_answer_its_errors_the_log_and_the_audit_log(
+    site: Site, caplog: pytest.LogCaptureFixture, said: str
+) -> None:
+    caplog.set_level(logging.INFO, "onebasis.requests")
+    headers = {"authorization": f"Bearer {TOKEN}"} | ({"x-request-id": said} if said else {})
+    seen: list[dict[str, str]] = []
+    caplog.handler.addFilter(lambda record: seen.append(ids()) or True)
+    answers = [
+        httpx.get(f"{site.url}/v1/status", headers=headers),
+        httpx.get(f"{site.url}/v1/tasks/nothing", headers=headers),
+        httpx.get(f"{site.url}/v1/status", headers=headers | {"authorization": "Bearer wrong"}),
+        httpx.get(f"{site.url}/v1/nowhere", headers=headers),
+        httpx.post(f"{site.url}/v1/cancel/nothing", headers=headers, json={}),
+    ]
+    given = [answer.headers["x-request-id"] for answer in answers]
+    is_taken = said == "from-a-proxy.7"
+    assert [one == said for one in given] == [is_taken] * 5
+    assert len(set(given)) == (1 if is_taken else 5)
+    assert all(re.fullmatch("[A-Za-z0-9._-]{1,64}", one) for one in given)
+    assert [answer.status_code for answer in answers] == [200, 404, 401, 404, 404]
+    assert [answer.json()["request_id"] for answer in answers[1:]] == given[1:]
+    assert {one["request_id"] for one in seen if one} == {given[-1]}
+    asked = next(row for row in reversed(AuditLog(site.plant.queue.database).newest(10)) if row.about)
+    assert json.loads(asked.about)["request_id"] == given[-1]

@@ -1,0 +1,60 @@
+"""What traces are made of, in SQL: the events that changed tasks, and how far they were told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select
+
+from orchestrator.tasks import tables
+from orchestrator.tasks.database import Database
+from orchestrator.tasks.task_rows import LifeEvent
+
+_events, _followers = tables.events, tables.followers
+NAME = "traces"
+
+
+class TraceBook:
+    """The table of events as traces read it. Every method raises DatabaseAway when the database is away."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def newest(self) -> int:
+        """Number of the newest event; 0: there is none."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.max(_events.c.event_id))).scalar() or 0)
+
+    def told_until(self) -> int | None:
+        """The last event that was told; None: nobody ever began."""
+        with self._database.reading() as connection:
+            last = connection.execute(select(_followers.c.event_id).where(_followers.c.name == NAME)).scalar()
+            return None if last is None else int(last)
+
+    def told(self, event_id: int) -> None:
+        """Note that all is told up to an event. Raises NotLeading."""
+        with self._database.writing() as connection:
+            connection.execute(delete(_followers).where(_followers.c.name == NAME))
+            connection.execute(insert(_followers).values(name=NAME, event_id=event_id))
+
+    def changed(self, after: int, limit: int) -> list[tuple[int, str, bool]]:
+        """(number, task, whether it came into another state) of the events behind a number that changed a task, oldest
+        first."""
+        chosen = select(_events.c.event_id, _events.c.task_id, _events.c.facts)
+        chosen = chosen.where(_events.c.event_id > after, _events.c.facts.is_not(None))
+        with self._database.reading() as connection:
+            rows = connection.execute(chosen.order_by(_events.c.event_id).limit(limit)).all()
+        return [(int(event_id), task_id, _moves(json.loads(facts))) for event_id, task_id, facts in rows]
+
+    def life(self, task_id: str, until: int) -> list[LifeEvent]:
+        """A task's events up to a number, those that have facts, oldest first."""
+        chosen = select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.facts)
+        mine = (_events.c.task_id == task_id, _events.c.event_id <= until, _events.c.facts.is_not(None))
+        with self._database.reading() as connection:
+            rows = connection.execute(chosen.where(*mine).order_by(_events.c.event_id))
+            return [LifeEvent(event_id, at, kind, json.loads(facts)) for event_id, at, kind, facts in rows]
+
+
+def _moves(facts: dict[str, Any]) -> bool:
+    return bool(facts["state"] != facts["was"])
