@@ -19,7 +19,7 @@ import yaml
 
 from configs.yaml_file import read_yaml
 from tests.configs.deploy import chart
-from tests.configs.deploy.files import COMPOSE, DEPLOY, manifests
+from tests.configs.deploy.files import COMPOSE, DEPLOY, manifests, settings_from
 from tests.orchestrator.commands.test_accounts import certificate
 
 TOOLS = Path(sys.prefix) / "deploy-tools"
@@ -85,6 +85,11 @@ def kubernetes() -> Said:
     }  # fmt: skip
     text = chart.rendered(chart.merged(chart.example(), everything), "other")
     documents = [*manifests(), *yaml.safe_load_all(text)]
+    with tempfile.TemporaryDirectory() as folder:
+        for document in documents:
+            if document["kind"] == "ConfigMap":
+                settings_from(document["data"]["settings.yaml"], Path(folder))
+    yield "the service reads the settings of both"
     for release in KUBERNETES:
         for document in documents:
             for part in _of_kubernetes(document):

@@ -122,6 +122,19 @@ def test_the_cluster_is_the_one_that_the_settings_name(tmp_path: Path) -> None:
     assert {one["image"] for pod in PODS for one in pod["containers"]} == {own["image"]}  # one Python, one Ray
 
 
+def test_no_field_of_kuberays_is_misspelt() -> None:
+    # Kubernetes drops what KubeRay does not know without a word, and no registry of packages has KubeRay's schema.
+    assert RAY.keys() == {
+        "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"
+    }  # fmt: skip
+    assert RAY["headGroupSpec"].keys() == {"rayStartParams", "template"}
+    for group in RAY["workerGroupSpecs"]:
+        numbers = {"replicas", "minReplicas", "maxReplicas"}
+        assert group.keys() == {"groupName", "rayStartParams", "template"} | numbers
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert RAY["autoscalerOptions"].keys() == {"idleTimeoutSeconds"}
+
+
 def test_ray_pods_have_room_for_a_worker_of_each_pool(tmp_path: Path) -> None:
     groups = [pod["containers"][0]["resources"]["limits"] for pod in WORKERS]
     for pool in settings(tmp_path).pools.values():

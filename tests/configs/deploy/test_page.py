@@ -23,7 +23,7 @@ def test_every_command_of_onebasis_on_the_page_is_one_with_the_options_that_it_h
     whole = [words for words in re.findall(r"`([^`]+)`", prose) if " --" in words]
     found += command_lines.onebasis("\n".join(whole))
     named = {" ".join(arguments[:2]) if arguments[0] in ("token", "store") else arguments[0] for arguments in found}
-    assert {"up", "status", "doctor", "login", "submit", "backup", "pause", "upgrade", "token create"} <= named
+    assert {"up", "status", "doctor", "login", "submit", "backup", "pause", "resume", "token create"} <= named
     with pytest.raises(Exception, match="No such option"):
         command_lines.onebasis("kubectl exec deploy/onebasis -- onebasis status --no-such-option")
 
