@@ -28,6 +28,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -49,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for tests/
 
 from benchmarks.queue_service import service, spec_of  # noqa: E402
+from configs.settings import Settings, TracingSettings  # noqa: E402
 from orchestrator.api.client import Client  # noqa: E402
 from orchestrator.api.requests import (  # noqa: E402
     CreateToken,
@@ -57,6 +59,9 @@ from orchestrator.api.requests import (  # noqa: E402
     Submit,
 )
 from orchestrator.reports.prometheus import Meter  # noqa: E402
+from orchestrator.reports.traces import Traces  # noqa: E402
+from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
+from orchestrator.tasks.trace_book import TraceBook  # noqa: E402
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX  # noqa: E402
 from tests.acceptance.conftest import Site  # noqa: E402
 from tests.browser.install import CHROMIUM, install_playwright  # noqa: E402
@@ -77,8 +82,8 @@ READS = {
 """Paths to how often they are asked, relative to each other."""
 FILE_BYTES = 256 * 2**20
 TURNS = 3
-SLICES, SLICE_SECONDS = 6, 10.0
-"""Pairs of slices with and without, each so long."""
+SLICES, SLICE_SECONDS = 9, 6.0
+"""Slices with, and one more without, each so long."""
 FEW_CLIENTS, FEW_STREAMS = 20, 5
 """In those slices: the processor is busy, but nobody waits long."""
 SCRAPE_SECONDS = 2.0
@@ -163,7 +168,7 @@ class Load:
                 name, path, body = next(writes)
             else:
                 (path,) = chance.choices(paths, weights)
-                body, name = None, path.split("/")[2].split("?")[0]
+                body, name = None, "task" if "waiting" in path else path.split("/")[2].split("?")[0]
                 path = path.replace("{waiting}", chance.choice(self.bench.waiting))
             began = time.perf_counter()
             try:
@@ -216,11 +221,12 @@ def clients(bench: Bench) -> dict[str, Any]:
             seen = {"memory_mib": _mib(process), "threads": process.num_threads(), "files": process.num_fds()}
             peaks.update({name: max(peaks[name], value) for name, value in seen.items()})
 
-    before, watcher = _mib(process), threading.Thread(target=watch)
+    before, watcher, spent = _mib(process), threading.Thread(target=watch), process.cpu_times()
     watcher.start()
     load.run(CLIENTS, STREAMS, SECONDS)
     stop.set()
     watcher.join()
+    after = process.cpu_times()
     every = sorted(one for some in load.seconds.values() for one in some)
     all_events = sorted({event for heard in load.heard for event in heard})
     # The first event that each has heard is the first after it began to listen.
@@ -230,6 +236,7 @@ def clients(bench: Bench) -> dict[str, Any]:
         "requests_per_second": load.count / SECONDS,
         **_times(every),
         "by_route": {name: {"count": len(some), **_times(sorted(some))} for name, some in sorted(load.seconds.items())},
+        "cpu_milliseconds_per_request": 1000 * (after.user + after.system - spent.user - spent.system) / load.count,
         "errors_told": dict(load.errors),
         "events": len(all_events),
         "events_missed_or_doubled": missed,
@@ -329,8 +336,8 @@ def observability(bench: Bench) -> dict[str, Any]:
         bench.client.ask(CreateToken(name="prometheus", role="viewer", kind="service"))["token"]
     ]  # fmt: skip
     found: dict[str, list[float]] = {"on": [], "off": []}
-    for turn in range(2 * SLICES + 1):
-        how = ("off", "on")[turn % 2]
+    for turn in range(2 * SLICES + 2):  # off, which warms up, then off, on, off, on, …, off
+        how = "on" if turn and not turn % 2 else "off"
         _trace_to(bench, collector.url if how == "on" else None)
         load = Load(bench, tokens, f"slice-{turn}")
         with _scraped(bench.url, viewer) if how == "on" else nullcontext():
@@ -338,28 +345,55 @@ def observability(bench: Bench) -> dict[str, Any]:
             load.run(FEW_CLIENTS, FEW_STREAMS, SLICE_SECONDS)
             after = bench.process.cpu_times()
         assert not load.errors, load.errors
-        spent = after.user + after.system - before.user - before.system
-        if turn:  # the first one warms up
+        if turn:
+            spent = after.user + after.system - before.user - before.system
             found[how].append(spent / load.count)
     _trace_to(bench, None)
-    collector.close()
-    medians = {how: statistics.median(some) for how, some in found.items()}
-    meter = Meter()
-    began = time.perf_counter()
-    for _ in range(10_000):
-        meter.count("tasks", 200, 0.01)
-    counting = (time.perf_counter() - began) / 10_000
-    cost = (medians["on"] + counting) / medians["off"] - 1
-    return {
-        "observability_cost": cost,
-        "observability": {
-            "cpu_milliseconds_per_request_on": 1000 * medians["on"],
-            "cpu_milliseconds_per_request_off": 1000 * medians["off"],
-            "counting_microseconds_per_request": 1e6 * counting,
-            "slices": {how: [1000 * one for one in some] for how, some in found.items()},
-            "messages_to_the_collector": len(collector.came),
-        },
+    told_of, off = len(collector.came), found["off"]
+    ratios = [on / statistics.mean(around) for on, around in zip(found["on"], itertools.pairwise(off), strict=True)]
+    noise = [
+        one / statistics.mean(around)
+        for one, around in zip(off[1:-1], zip(off, off[2:], strict=False), strict=False)
+    ]  # fmt: skip
+    facts = {
+        "cpu_milliseconds_per_request": {how: 1000 * statistics.median(some) for how, some in found.items()},
+        "each_slice_with_over_those_around_it": ratios,
+        "each_slice_without_over_those_around_it": noise,
+        "counting_microseconds_per_request": 1e6 * _counting(),
+        "trace_milliseconds_per_task": 1000 * _tracing(bench, collector),
+        "messages_to_the_collector": told_of,
     }
+    collector.close()
+    return {"observability_cost": statistics.median(ratios) - 1, "observability": facts}
+
+
+def _counting() -> float:
+    """Seconds that metrics take to count a request, which cannot be turned off."""
+    meter, began, times = Meter(), time.perf_counter(), 10_000
+    for _ in range(times):
+        meter.count("tasks", 200, 0.01)
+    return (time.perf_counter() - began) / times
+
+
+def _tracing(bench: Bench, collector: Receiver) -> float:
+    """Processor seconds of this thread to make and send the trace of a task: of all, from a copy of the database."""
+    with tempfile.TemporaryDirectory(prefix="onebasis-bench-") as folder:
+        source = sqlite3.connect(bench.site.folder / ".onebasis/tasks.db")
+        copy = sqlite3.connect(Path(folder) / "tasks.db")
+        source.backup(copy)
+        source.close()
+        copy.close()
+        queue = TaskQueue(f"sqlite:///{folder}/tasks.db")
+        settings = Settings.model_validate(yaml.safe_load((bench.site.folder / "settings.yaml").read_text()))
+        traces = Traces(queue, lambda: settings.model_copy(update={"tracing": TracingSettings(endpoint=collector.url)}))
+        TraceBook(queue.database).told(0)
+        began = time.thread_time()
+        while traces.look():
+            pass
+        seconds = time.thread_time() - began
+        count = sum(queue.counts().values())
+        queue.close()
+    return seconds / count
 
 
 def _trace_to(bench: Bench, endpoint: str | None) -> None:

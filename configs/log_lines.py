@@ -128,7 +128,8 @@ def ids() -> dict[str, str]:
 
 @contextlib.contextmanager
 def warnings_told(tell: Callable[[str], None], most: int = 20) -> Iterator[None]:
-    """A block whose warnings, and those of the libraries that it uses, are told to somebody, each once.
+    """A block whose warnings, and those of the libraries that it uses, are told to somebody, each once, if it is done
+    for a task.
 
     Args:
         most: How many.
@@ -149,7 +150,8 @@ class _Telling(logging.Handler):
         self._tell, self._most, self._busy, self._told = tell, most, now(), set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if now() != self._busy or len(self._told) >= self._most:
+        is_its_own = self._busy.task_id and now() == self._busy
+        if not is_its_own or len(self._told) >= self._most:
             return
         with contextlib.suppress(Exception):  # as all handlers: a line that cannot be made ends nobody's work
             line = without_password(f"{record.levelname.lower()}: {record.getMessage()}".splitlines()[0])

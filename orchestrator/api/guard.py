@@ -225,8 +225,9 @@ class Guard:
         from orchestrator.tasks.audit_log import DONE
 
         audit = self._service.sources.audit
-        request_id = log_lines.now().request_id
-        about = told(request) | ({"request_id": request_id} if request_id else {})
+        busy = log_lines.now()
+        ids = {"request_id": busy.request_id, "traceparent": busy.traceparent}
+        about = told(request) | {name: value for name, value in ids.items() if value}
         asked = audit.asked(caller.name, caller.token_id, route.name, about)
         outcome = "error"
         try:

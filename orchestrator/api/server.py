@@ -189,7 +189,8 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
     def confess(request: Request, error: Exception) -> Problem:
         with busy_with(request_id=request.state.request_id):
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        told = OnebasisError(f"internal error: {type(error).__name__}", todo="its log, control-plane.log, has the rest")
+        todo = f"its log, control-plane.log, has the rest (request {request.state.request_id})"
+        told = OnebasisError(f"internal error: {type(error).__name__}", todo=todo)
         return Problem(request, told)
 
     @app.get(ALIVE_PATH, include_in_schema=False)

@@ -6,6 +6,7 @@ What needs torch is imported where it is used: a request that reads does not wai
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.api import requests, views
 from orchestrator.api.deadlines import Deadlines
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from configs.task_spec import TaskSpec
     from orchestrator.tasks.admission import Draft
     from workers.orders import BaseLayout
+
+log = logging.getLogger("onebasis.server")
 
 Check = Callable[["TaskSpec", Settings, "BaseLayout"], "Draft"]
 """`check_submission`, in this or another process."""
@@ -115,6 +119,8 @@ class Tasks:
                 request.by,
                 controller.subspaces[name].unused_files.submission,
             )
+        with busy_with(task_id=record.task_id):  # the line by which a request's id leads to its task
+            log.info("%s is %s", record.exact_title, "taken in" if is_new else "there already")
         controller.wake()
         if record.spec.deadline:
             self.deadlines.add(record.task_id)

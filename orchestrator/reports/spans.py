@@ -7,10 +7,12 @@ an error wrote is part of it: names, numbers, times and codes are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from configs.log_lines import TRACEPARENT, id_of, trace_id_of
+from orchestrator.tasks.audit_log import DONE, AuditRow
 from orchestrator.tasks.task_events import Claimed, MergeBegun, Merged, Reason
 from orchestrator.tasks.task_queue import Spent
 from orchestrator.tasks.task_record import LIVE, TaskRecord, TaskState
@@ -46,6 +48,8 @@ class Span:
     """What happened meanwhile, and when."""
     links: tuple[tuple[int, int], ...] = field(default=())
     """(trace id, span id) of spans of others that led to it."""
+    is_request: bool = False
+    """Whether it is the answer to a request over HTTP."""
 
 
 def spans_of(record: TaskRecord, life: Sequence[LifeEvent], orders: Sequence[Spent], after: int) -> list[Span]:
@@ -57,6 +61,24 @@ def spans_of(record: TaskRecord, life: Sequence[LifeEvent], orders: Sequence[Spe
         orders: What workers did for it.
     """
     return list(_Trace(record, orders).spans(life, after))
+
+
+def span_of_request(asked: AuditRow, ended: AuditRow) -> Span:
+    """A request that writes, from its two rows in the audit log: a part of the caller's trace, where it named one."""
+    about = json.loads(asked.about)
+    mine = id_of("request", asked.sha256)
+    trace_id, parent_id = caller_of(about.get("traceparent", "")) or (id_of("request", asked.sha256, size=16), None)
+    return Span(
+        trace_id=trace_id,
+        span_id=mine,
+        parent_id=parent_id,
+        name=asked.request,
+        began=asked.at,
+        ended=max(asked.at, ended.at),
+        attributes={"onebasis.request_id": about.get("request_id", ""), "onebasis.outcome": ended.outcome},
+        trouble=None if ended.outcome == DONE else ended.outcome,
+        is_request=True,
+    )
 
 
 def caller_of(traceparent: str) -> tuple[int, int] | None:

@@ -31,9 +31,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
 
 from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.settings import Settings
-from orchestrator.reports.spans import Attribute, Span, spans_of
+from orchestrator.reports.spans import Attribute, Span, span_of_request, spans_of
+from orchestrator.tasks.audit_log import AuditLog
 from orchestrator.tasks.task_queue import TaskQueue
-from orchestrator.tasks.trace_book import TraceBook
+from orchestrator.tasks.trace_book import REQUESTS, TraceBook
 
 log = logging.getLogger("onebasis.traces")
 
@@ -58,7 +59,8 @@ class Traces:
     """
 
     def __init__(self, queue: TaskQueue, settings: Callable[[], Settings], instance: str = "") -> None:
-        self._queue, self._book, self._settings, self._instance = queue, TraceBook(queue.database), settings, instance
+        self._queue, self._settings, self._instance = queue, settings, instance
+        self._book, self._audit = TraceBook(queue.database), AuditLog(queue.database)
         self.behind: int | None = None
         """Number of events that the collector was not told of yet; None: there is no collector, or nobody has
         looked."""
@@ -98,6 +100,27 @@ class Traces:
         if endpoint is None:
             self.behind = None
             return False
+        is_more = self._look_at_tasks(endpoint)
+        return self._look_at_requests(endpoint) or is_more
+
+    def _look_at_requests(self, endpoint: str) -> bool:
+        """Tell of requests that write, as the audit log has them."""
+        told = self._book.told_until(REQUESTS)
+        if told is None:
+            (last,) = self._audit.newest(1) or (None,)
+            self._book.told(last.seq if last else 0, REQUESTS)
+            return False
+        rows = self._audit.page(told, EVENTS_AT_ONCE)
+        if not rows:
+            return False
+        ended = [row for row in rows if row.of != row.seq]
+        asked = {row.seq: row for row in self._audit.among({row.of for row in ended})}
+        if spans := [span_of_request(asked[row.of], row) for row in ended]:
+            send(endpoint, spans, self._instance)
+        self._book.told(rows[-1].seq, REQUESTS)
+        return len(rows) == EVENTS_AT_ONCE
+
+    def _look_at_tasks(self, endpoint: str) -> bool:
         newest, told = self._book.newest(), self._book.told_until()
         if told is None:  # of tasks that ended before anybody asked for traces there are none
             self._book.told(newest)
@@ -198,7 +221,7 @@ def _message(span: Span) -> Message:
         span_id=_bytes(span.span_id, 8),
         parent_span_id=b"" if span.parent_id is None else _bytes(span.parent_id, 8),
         name=span.name,
-        kind=Message.SPAN_KIND_INTERNAL,
+        kind=Message.SPAN_KIND_SERVER if span.is_request else Message.SPAN_KIND_INTERNAL,
         start_time_unix_nano=_nanoseconds(span.began),
         end_time_unix_nano=_nanoseconds(span.ended),
         attributes=_pairs(span.attributes.items()),

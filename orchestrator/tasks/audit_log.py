@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,12 @@ class AuditLog:
         """The rows behind a number, the oldest first."""
         chosen = select(_audit).where(_audit.c.seq > after).order_by(_audit.c.seq).limit(limit)
         with self._database.reading() as connection:
+            return [_row(found) for found in connection.execute(chosen)]
+
+    def among(self, numbers: Collection[int]) -> list[AuditRow]:
+        """The rows of some numbers."""
+        with self._database.reading() as connection:
+            chosen = select(_audit).where(_audit.c.seq.in_(sorted(numbers)))
             return [_row(found) for found in connection.execute(chosen)]
 
     def newest(self, limit: int) -> list[AuditRow]:

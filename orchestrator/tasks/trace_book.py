@@ -12,7 +12,8 @@ from orchestrator.tasks.database import Database
 from orchestrator.tasks.task_rows import LifeEvent
 
 _events, _followers = tables.events, tables.followers
-NAME = "traces"
+TASKS, REQUESTS = "traces", "traces of requests"
+"""What is told of: events of tasks by their numbers, and rows of the audit log by theirs."""
 
 
 class TraceBook:
@@ -26,17 +27,17 @@ class TraceBook:
         with self._database.reading() as connection:
             return int(connection.execute(select(func.max(_events.c.event_id))).scalar() or 0)
 
-    def told_until(self) -> int | None:
-        """The last event that was told; None: nobody ever began."""
+    def told_until(self, what: str = TASKS) -> int | None:
+        """Number of the last that was told; None: nobody ever began."""
         with self._database.reading() as connection:
-            last = connection.execute(select(_followers.c.event_id).where(_followers.c.name == NAME)).scalar()
+            last = connection.execute(select(_followers.c.event_id).where(_followers.c.name == what)).scalar()
             return None if last is None else int(last)
 
-    def told(self, event_id: int) -> None:
-        """Note that all is told up to an event. Raises NotLeading."""
+    def told(self, number: int, what: str = TASKS) -> None:
+        """Note that all is told up to a number. Raises NotLeading."""
         with self._database.writing() as connection:
-            connection.execute(delete(_followers).where(_followers.c.name == NAME))
-            connection.execute(insert(_followers).values(name=NAME, event_id=event_id))
+            connection.execute(delete(_followers).where(_followers.c.name == what))
+            connection.execute(insert(_followers).values(name=what, event_id=number))
 
     def changed(self, after: int, limit: int) -> list[tuple[int, str, bool]]:
         """(number, task, whether it came into another state) of the events behind a number that changed a task, oldest

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from configs.errors import Conflict, InvalidInput, NotFound, OnebasisError, OutcomeUnknown, StoreFull, Unavailable
-from configs.log_lines import ids
+from configs.log_lines import ids, trace_id_of
 from configs.task_spec import TaskSpec
 from orchestrator.api import views
 from orchestrator.api.client import Client
@@ -748,3 +748,14 @@ def test_a_request_has_one_id_in_its_answer_its_errors_the_log_and_the_audit_log
     assert {one["request_id"] for one in seen if one} == {given[-1]}
     asked = next(row for row in reversed(AuditLog(site.plant.queue.database).newest(10)) if row.about)
     assert json.loads(asked.about)["request_id"] == given[-1]
+
+
+@pytest.mark.changes
+def test_a_line_leads_from_a_requests_id_to_its_task(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "onebasis.server")
+    seen: list[dict[str, str]] = []
+    caplog.handler.addFilter(lambda record: seen.append(ids()) or True)
+    headers = {"authorization": f"Bearer {TOKEN}", "x-request-id": "the-one"}
+    answer = httpx.post(f"{site.url}/v1/tasks", headers=headers, json={"task": site.document("red/gamma")})
+    task_id = answer.json()["task_id"]
+    assert {"request_id": "the-one", "task_id": task_id, "trace_id": f"{trace_id_of(task_id):032x}"} in seen
