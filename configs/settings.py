@@ -234,6 +234,8 @@ class TeamSettings(Section):
     place_hours_a_week: float | None = Field(None, gt=0)
     """Quota of hours of places in a week, on average: older use counts less, by half for every seven days. Beyond it
     the team borrows. Default: no quota."""
+    gpu_hours_a_week: float | None = Field(None, gt=0)
+    """Quota of hours of GPUs in a week, in the same way; half a GPU for an hour is half an hour. Default: no quota."""
     webhooks: dict[Name, WebhookSettings] = Field(default_factory=dict)
     """Name to who is told what happens to the team's tasks, and to `main`."""
 
@@ -593,6 +595,11 @@ class Settings(Section):
                 raise ValueError(
                     f"teams.{team}.places is {settings.places}, and a task takes {smallest.ranks} (the ranks of pool "
                     f"'{name}'): none of the team's would ever be within its quota"
+                )
+            if settings.gpu_hours_a_week is not None and not any(pool.gpus for pool in self.pools.values()):
+                raise ValueError(
+                    f"teams.{team}.gpu_hours_a_week is {settings.gpu_hours_a_week:g}, and no pool has GPUs: it would "
+                    "never count. Set place_hours_a_week, or the pools' gpus"
                 )
         return self
 

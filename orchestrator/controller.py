@@ -554,8 +554,18 @@ class Controller:
             for name, pool in pools.items()
             if self._goes_on(self._settings.pools[name].base_model or "")
         }
-        found = self._queue.waiting(limits, self.ranks, pauses)
+        found = self._with_gpus(self._queue.waiting(limits, self.ranks, pauses))
         return [task for task in found if task.task_id not in self._set_aside]
+
+    def _with_gpus(self, waiting: Sequence[Waiting]) -> list[Waiting]:
+        """Tasks with the GPUs of their pools."""
+        gpus = {name: pool.gpus for name, pool in self._settings.pools.items() if pool.gpus}
+        return [replace(task, gpus=gpus[task.pool]) if task.pool in gpus else task for task in waiting]
+
+    def _gpu_seconds(self, now: float) -> dict[str, float]:
+        """GPU-seconds per team; none are read where no pool has GPUs."""
+        has_gpus = any(pool.gpus for pool in self._settings.pools.values())
+        return self._queue.gpu_use_of_teams(now) if has_gpus else {}
 
     def _places(self, name: str, free: int, kept: int) -> Pool:
         """A pool with so many workers that have nothing to do, for tasks and for a version."""
@@ -619,6 +629,7 @@ class Controller:
             waiting=waiting,
             running=running,
             use_seconds=self._queue.use_of_teams(now),
+            gpu_seconds=self._gpu_seconds(now),
             shares=self._shares,
             reserved=before.reserved,
             promised=before.promised,
@@ -689,8 +700,10 @@ class Controller:
         waiting = [] if SERVICE in pauses else self._queue.waiting(everyone, self.ranks, pauses)
         if extra is not None and SERVICE not in pauses and extra.team not in pauses:
             waiting.append(extra)
+        waiting = self._with_gpus(waiting)
         by_id = {task.task_id: task for task in waiting}
-        order = running_order(waiting, self._queue.use_of_teams(now), running, self._shares, now=now)
+        used, gpus = self._queue.use_of_teams(now), self._gpu_seconds(now)
+        order = running_order(waiting, used, running, self._shares, now=now, gpu_seconds=gpus)
         return tuple(by_id[task_id] for task_id in order), running
 
     @property

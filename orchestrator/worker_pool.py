@@ -320,7 +320,8 @@ class WorkerPool:
         self._pending_calls.wake()
         token, places = secrets.token_hex(8), self.ranks(worker.name)
         if claimed := self._queue.try_apply(
-            (task_id,), Claimed(token=token, worker=worker.name, at=time.time(), places=places)
+            (task_id,),
+            Claimed(token=token, worker=worker.name, at=time.time(), places=places, gpus=self._pools[worker.pool].gpus),
         ):
             self.give(worker, train_order(claimed[0]))
 
@@ -339,7 +340,14 @@ class WorkerPool:
             *(self._attempt(record, now) for record in attempts),
             *(
                 # Tasks of several teams count as the first one's while they are scored; then each pays its own.
-                Running(charged(w.order)[0].spec.team, w.given_at, 0.0, pool=w.pool, ranks=self.ranks(w.name))
+                Running(
+                    charged(w.order)[0].spec.team,
+                    w.given_at,
+                    0.0,
+                    pool=w.pool,
+                    ranks=self.ranks(w.name),
+                    gpus=self._pools[w.pool].gpus,
+                )
                 for w in for_versions
                 if w.order
             ),
@@ -355,6 +363,7 @@ class WorkerPool:
             task_id=record.task_id if record.state is TaskState.TRAINING else "",
             pool=pool_of(record.worker),
             ranks=record.places,
+            gpus=record.gpus,
             seconds_left=None if ends_at is None else max(0.0, ends_at - now),
             stops=record.preempt_requested or record.cancel_requested,
             was_preempted=record.gave_back_at is not None,
@@ -424,9 +433,9 @@ class WorkerPool:
 
     def _charge(self, worker: WorkerStatus, order: Order, what: str, suffix: str, seconds: float) -> None:
         """suffix: Of the token under which it is charged once."""
-        places, parts = self.ranks(worker.name), charged(order)
+        places, gpus, parts = self.ranks(worker.name), self._pools[worker.pool].gpus, charged(order)
         for one in parts:
-            use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places)
+            use = Use(team=one.spec.team, seconds=seconds / len(parts), ended_at=time.time(), places=places, gpus=gpus)
             self._queue.charge(one.task_id, use, token=f"{one.token}{suffix}", what=what)
 
     # --- who is alive ------------------------------------------------------------------------------------------

@@ -344,8 +344,10 @@ class TeamShape(TypedDict):
     share: float
     places_quota: int | None
     place_hours_a_week_quota: float | None
+    gpu_hours_a_week_quota: float | None
     places: int
     place_hours_a_week: float
+    gpu_hours_a_week: float
 
 
 class TeamsShape(TypedDict):

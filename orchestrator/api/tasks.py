@@ -230,7 +230,8 @@ class Tasks:
         more than there is; its hours a week are those that its quota is compared with."""
         settings, (_, running) = self._sources.settings.teams, self._kept_line()
         weights = sum(team.weight for team in settings.values())
-        used = self._sources.queue.use_of_teams(time.time())
+        now, queue = time.time(), self._sources.queue
+        used, gpus = queue.use_of_teams(now), queue.gpu_use_of_teams(now)
         return {
             "teams": {
                 name: {
@@ -238,8 +239,10 @@ class Tasks:
                     "share": team.weight / weights,
                     "places_quota": team.places,
                     "place_hours_a_week_quota": team.place_hours_a_week,
+                    "gpu_hours_a_week_quota": team.gpu_hours_a_week,
                     "places": sum(order.ranks for order in running if order.team == name),
                     "place_hours_a_week": used.get(name, 0.0) / STEADY_WEEKS / 3600,
+                    "gpu_hours_a_week": gpus.get(name, 0.0) / STEADY_WEEKS / 3600,
                 }
                 for name, team in settings.items()
             }

@@ -1,9 +1,9 @@
 """Whose turn it is. Pure: everything it needs comes in.
 
-Between teams: least used first, where use is place-seconds decayed with a half-life of seven days, divided by the
-team's weight; what runs is charged while it runs, and what was just given out at once, so that one team's hundred
-tasks do not all start before the next team's first. A team that has its quota comes after those that have not, and
-borrows what they leave. Inside a team: priority, then age.
+Between teams: least used first, where use is place-seconds, of which those with GPUs count more, decayed with a
+half-life of seven days, divided by the team's weight; what runs is charged while it runs, and what was just given out
+at once, so that one team's hundred tasks do not all start before the next team's first. A team that has its quota comes
+after those that have not, and borrows what they leave. Inside a team: priority, then age.
 
 A place is room for one rank. In a pool whose workers have one rank, a place is a worker.
 """
@@ -26,6 +26,10 @@ decayed use is this many times the quota."""
 CHARGE_SECONDS = 60.0
 """Seconds charged for each place at the start, until the true cost is known: about one short task."""
 
+GPU_WORTH = 9.0
+"""GPU-seconds count this many times beside place-seconds: a place with a whole GPU counts as ten without. Rented, it
+costs ten to twenty times as much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
@@ -39,6 +43,8 @@ class Waiting:
     """Pool whose places it takes."""
     ranks: int = 1
     """Places that it takes, all at once."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
     seconds_max: float | None = None
     """Longest that it may run once it has started; None: not known."""
     preempted_at: float | None = None
@@ -58,6 +64,8 @@ class Use:
     ended_at: float
     places: int = 1
     """Places of the worker, each of which is charged."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Running:
     pool: str = DEFAULT_POOL
     ranks: int = 1
     """Places that it has."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
     seconds_left: float | None = None
     """Seconds until it ends; None: not known."""
     stops: bool = False
@@ -96,36 +106,59 @@ class Share:
     """Quota of places at once; None: none is set, and the team is never over it."""
     place_seconds_a_week: float | None = None
     """Quota of place-seconds in a week, on average; None: none is set."""
+    gpu_seconds_a_week: float | None = None
+    """Quota of GPU-seconds in a week, on average; None: none is set."""
 
 
 @dataclass(frozen=True)
 class DecayedSum:
-    """Place-seconds of a team, each halved for every seven days from its end to `at`.
+    """Place-seconds and GPU-seconds of a team, each halved for every seven days from its end to `at`.
 
     One number stands for all uses so far: the same decay works on all of them alike.
     """
 
     seconds: float = 0.0
     at: float = 0.0
+    gpu_seconds: float = 0.0
 
     def at_time(self, now: float) -> float:
-        """Value at a time; not decayed if the clock went back."""
-        return float(self.seconds * 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
+        """Place-seconds at a time; not decayed if the clock went back."""
+        return self.seconds * self._left(now)
+
+    def gpus_at_time(self, now: float) -> float:
+        """GPU-seconds at a time."""
+        return self.gpu_seconds * self._left(now)
+
+    def _left(self, now: float) -> float:
+        return float(0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
 
     def plus(self, use: Use) -> DecayedSum:
         """The sum with one more use. In any order of the uses the sum is the same."""
-        newest = max(self.at, use.ended_at)
+        newest, seconds = max(self.at, use.ended_at), use.seconds * use.places
+        more = DecayedSum(seconds, use.ended_at, seconds * use.gpus)
         return DecayedSum(
-            self.at_time(newest) + DecayedSum(use.seconds * use.places, use.ended_at).at_time(newest), newest
+            self.at_time(newest) + more.at_time(newest), newest, self.gpus_at_time(newest) + more.gpus_at_time(newest)
         )
 
 
 def running_seconds(running: Iterable[Running], now: float) -> dict[str, float]:
     """Place-seconds per team of the orders that have not ended: a task of ten hours counts before it is done."""
+    return _summed((order.team, _charged_seconds(order, now)) for order in running)
+
+
+def running_gpu_seconds(running: Iterable[Running], now: float) -> dict[str, float]:
+    """The same in GPU-seconds."""
+    return _summed((order.team, order.gpus * _charged_seconds(order, now)) for order in running)
+
+
+def _charged_seconds(order: Running, now: float) -> float:
+    return order.ranks * max(order.least_seconds, now - order.since)
+
+
+def _summed(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for order in running:
-        seconds = order.ranks * max(order.least_seconds, now - order.since)
-        total[order.team] = total.get(order.team, 0.0) + seconds
+    for team, seconds in parts:
+        total[team] = total.get(team, 0.0) + seconds
     return total
 
 
@@ -137,6 +170,7 @@ def running_order(
     *,
     now: float,
     limit: int | None = None,
+    gpu_seconds: Mapping[str, float] | None = None,
 ) -> tuple[str, ...]:
     """The order in which waiting tasks would start if nothing else arrived and nothing ended.
 
@@ -146,6 +180,7 @@ def running_order(
         running: What runs now, and is charged.
         shares: Share per team; a team without one has the weight 1 and no quota.
         limit: Number of ids to return; default: all. `waiting` then needs only each team's first `limit`.
+        gpu_seconds: Decayed use per team, in GPU-seconds.
 
     Returns:
         Task ids, next first. A task's index + 1 is its place in the queue.
@@ -153,7 +188,7 @@ def running_order(
     Cost:
         O(n·log n) for the n in `waiting`.
     """
-    turns = Turns(waiting, use_seconds, running, shares or {}, now)
+    turns = Turns(waiting, use_seconds, running, shares or {}, now, gpu_seconds or {})
     return tuple(itertools.islice((task.task_id for task in turns.all()), limit))
 
 
@@ -171,15 +206,21 @@ class Turns:
         running: Iterable[Running],
         shares: Mapping[str, Share],
         now: float,
+        gpu_seconds: Mapping[str, float],
     ) -> None:
         running = tuple(running)
         self._shares = shares
         self._lines: dict[str, list[Waiting]] = {}
         for task in sorted(waiting, key=lambda t: (-t.priority, t.submitted_at, t.task_id)):
             self._lines.setdefault(task.team, []).append(task)
-        at_work = running_seconds(running, now)
-        self.load = {team: use_seconds.get(team, 0.0) + at_work.get(team, 0.0) for team in {*self._lines, *at_work}}
+        at_work, gpus_at_work = running_seconds(running, now), running_gpu_seconds(running, now)
+        teams = {*self._lines, *at_work}
+        self._places = {team: use_seconds.get(team, 0.0) + at_work.get(team, 0.0) for team in teams}
         """Place-seconds of each team, decayed use and what runs."""
+        self._gpus = {team: gpu_seconds.get(team, 0.0) + gpus_at_work.get(team, 0.0) for team in teams}
+        """The same in GPU-seconds."""
+        self.load = {team: self._places[team] + GPU_WORTH * self._gpus[team] for team in teams}
+        """What the teams are compared by: place-seconds, those with GPUs counting more."""
         self.held: dict[str, int] = {}
         """Places that each team has."""
         for order in running:
@@ -206,7 +247,7 @@ class Turns:
 
     def take(self, task: Waiting) -> None:
         """A task starts, in its turn or before: its team is charged."""
-        self.load[task.team] += CHARGE_SECONDS * task.ranks
+        self.load[task.team] += CHARGE_SECONDS * task.ranks * (1 + GPU_WORTH * task.gpus)
         self.promise(task)
         self.skip(task)
 
@@ -241,8 +282,9 @@ class Turns:
         return 0 if quota is None else max(0, held - quota)
 
     def _is_spent(self, team: str) -> bool:
-        quota = self._share(team).place_seconds_a_week
-        return quota is not None and self.load[team] >= quota * STEADY_WEEKS
+        share = self._share(team)
+        quotas = (self._places[team], share.place_seconds_a_week), (self._gpus[team], share.gpu_seconds_a_week)
+        return any(quota is not None and used >= quota * STEADY_WEEKS for used, quota in quotas)
 
     def _share(self, team: str) -> Share:
         return self._shares.get(team, _NO_SHARE)
@@ -266,6 +308,7 @@ def shares_of(teams: Mapping[str, TeamSettings]) -> dict[str, Share]:
             weight=settings.weight,
             places=settings.places,
             place_seconds_a_week=None if (hours := settings.place_hours_a_week) is None else 3600 * hours,
+            gpu_seconds_a_week=None if (hours := settings.gpu_hours_a_week) is None else 3600 * hours,
         )
         for team, settings in teams.items()
     }

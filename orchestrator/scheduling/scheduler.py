@@ -83,6 +83,8 @@ class Situation:
     running: Sequence[Running] = ()
     use_seconds: Mapping[str, float] = field(default_factory=dict)
     """Decayed use per team, in place-seconds."""
+    gpu_seconds: Mapping[str, float] = field(default_factory=dict)
+    """The same in GPU-seconds."""
     shares: Mapping[str, Share] = field(default_factory=dict)
     machines: Mapping[str, Room] = field(default_factory=dict)
     """Machine to what is free there; none where nothing waits for room, or where others can be added."""
@@ -176,7 +178,8 @@ class _Room:
         self.gap_seconds = 0.0
         """Seconds until it is needed."""
         self.is_held = False
-        """Whether the pool may start no further worker, for the same reason."""
+        """Whether its next place is not its own, for the same reason: of a worker that has to go, or that it may not
+        start."""
 
     @property
     def open_places(self) -> int:
@@ -198,11 +201,20 @@ class _Room:
         self.free -= now
         self.soon -= task.ranks - now
 
-    def hold(self, kept: int, gap_seconds: float, further: int) -> None:
-        """Some of its room is another pool's. further: Places of workers that it may start all the same."""
-        self.kept, self.gap_seconds = min(kept, self.free), gap_seconds
-        self.soon -= max(0, self.pool.further - further)
-        self.is_held = further < self.pool.further or self.pool.is_short
+    def hold(self, gone: Sequence[Worker], gap_seconds: float, ranks: int, growth: int) -> None:
+        """Some of its room is another pool's.
+
+        Args:
+            gone: Workers of it that have to go.
+            ranks: Places of each.
+            growth: Workers that it may start all the same.
+        """
+        idle = sum(worker.is_idle for worker in gone)
+        soon = sum(not one.is_idle and one.ends_in is not None and one.ends_in <= SOON_SECONDS for one in gone)
+        lost = max(0, self.pool.further - ranks * growth)
+        self.kept, self.gap_seconds = min(ranks * idle, self.free), gap_seconds
+        self.soon -= ranks * soon + lost
+        self.is_held = bool(gone) or lost > 0 or self.pool.is_short
 
 
 class _Round:
@@ -215,7 +227,9 @@ class _Round:
             name: _Room(pool, (order for order in running if order.pool == name))
             for name, pool in situation.pools.items()
         }
-        self._turns = Turns(situation.waiting, situation.use_seconds, running, situation.shares, situation.now)
+        self._turns = Turns(
+            situation.waiting, situation.use_seconds, running, situation.shares, situation.now, situation.gpu_seconds
+        )
         self._starts: list[Start] = []
         self._preemptions: list[Preemption] = []
         self._waits: dict[str, Wait] = {}
@@ -368,9 +382,8 @@ class _Round:
         self._growth = growth(clearing, task.pool, shapes, situation.machines)
         for name, other in self._rooms.items():
             if name != task.pool and name in shapes:
-                ranks = shapes[name].ranks
-                kept = ranks * sum(one.pool == name and one.is_idle for one in clearing.workers)
-                other.hold(kept, clearing.gap_seconds, ranks * self._growth[name])
+                gone = [one for one in clearing.workers if one.pool == name]
+                other.hold(gone, clearing.gap_seconds, shapes[name].ranks, self._growth[name])
 
     @property
     def _shapes(self) -> dict[str, Shape]:

@@ -267,6 +267,7 @@ class _World:
             submitted_at=arrival.at_seconds,
             pool=arrival.pool,
             ranks=arrival.ranks,
+            gpus=self.pools[arrival.pool].gpus,
             seconds_max=arrival.max_run_seconds,
             preempted_at=task.preempted_at,
         )
@@ -282,7 +283,8 @@ class _World:
         for worker in self._has.pop(task.name):
             worker.idle_since = self.now
         team, ranks = task.arrival.team, task.arrival.ranks
-        use = Use(team=team, seconds=ranks * ran, ended_at=self.now)
+        gpus = self.pools[task.arrival.pool].gpus
+        use = Use(team=team, seconds=ran, ended_at=self.now, places=ranks, gpus=gpus)
         self._used[team] = self._used.get(team, DecayedSum()).plus(use)
         in_time = ranks * max(0.0, min(self.now, self._until) - min(task.since, self._until))
         self._place_seconds[team] += in_time
@@ -318,6 +320,7 @@ class _World:
                 waiting=waiting,
                 running=running,
                 use_seconds=self._use_seconds(),
+                gpu_seconds=self._gpu_seconds(),
                 shares=self.shares,
                 machines=self._room(),
                 workers=self._on_machines(),
@@ -492,6 +495,7 @@ class _World:
                 task_id=task.name,
                 pool=task.arrival.pool,
                 ranks=task.arrival.ranks,
+                gpus=self.pools[task.arrival.pool].gpus,
                 seconds_left=self._left(task),
                 stops=task.stops,
                 was_preempted=task.preempted_at is not None,
@@ -502,6 +506,9 @@ class _World:
     def _use_seconds(self) -> dict[str, float]:
         return {team: used.at_time(self.now) for team, used in self._used.items()}
 
+    def _gpu_seconds(self) -> dict[str, float]:
+        return {team: used.gpus_at_time(self.now) for team, used in self._used.items()}
+
     def _tell(self, come: Sequence[_Task]) -> None:
         """Tell arrivals when they would start, as `onebasis submit --dry-run` does."""
         asking = [task for task in come if task.number % self._tell_each == 0]
@@ -510,7 +517,9 @@ class _World:
         running = self._at_work()
         waiting = [one[-1] for line in self._lines.values() for one in line]
         by_id = {task.task_id: task for task in waiting}
-        order = running_order(waiting, self._use_seconds(), running, self.shares, now=self.now)
+        order = running_order(
+            waiting, self._use_seconds(), running, self.shares, now=self.now, gpu_seconds=self._gpu_seconds()
+        )
         expected = estimate.kept_from_borrowing([by_id[task_id] for task_id in order], running, self.shares, self.now)
         for task in asking:
             name = task.arrival.pool

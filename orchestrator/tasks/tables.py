@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0009"
+HEAD = "0010"
 """Revision of these tables: that of the newest file in migrations/versions/."""
 
 metadata = MetaData()
@@ -148,9 +148,10 @@ uses = Table(
     Column("seconds", Float, nullable=False),
     Column("ended_at", Float, nullable=False),
     Column("places", Integer, nullable=False, server_default="1"),
+    Column("gpus", Float, nullable=False, server_default="0"),
 )
-"""Worker-seconds, one row for each order that a worker had, and the places of the worker. `token` is the order's:
-reported twice, it counts once."""
+"""Worker-seconds, one row for each order that a worker had, the places of the worker, and the GPUs of each. `token` is
+the order's: reported twice, it counts once."""
 
 team_uses = Table(
     "team_uses",
@@ -158,8 +159,9 @@ team_uses = Table(
     Column("team", String(63), primary_key=True),
     Column("seconds", Float, nullable=False),
     Column("at", Float, nullable=False),
+    Column("gpu_seconds", Float, nullable=False, server_default="0"),
 )
-"""Place-seconds summed by team, decayed to `at`, so that nobody has to add up all rows."""
+"""Place-seconds and GPU-seconds summed by team, decayed to `at`, so that nobody has to add up all rows."""
 
 tokens = Table(
     "tokens",

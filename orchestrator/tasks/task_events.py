@@ -59,6 +59,8 @@ class Claimed:
     at: float
     places: int = 1
     """Places of the worker."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 token=event.token,
                 worker=event.worker,
                 places=event.places,
+                gpus=event.gpus,
                 claimed_at=event.at,
                 order_at=event.at,
                 first_step_at=None,
@@ -146,6 +147,7 @@ def advance(record: TaskRecord, event: Event, settings: FailureSettings) -> Task
                 token=event.token,
                 worker=event.worker,
                 places=event.places,
+                gpus=event.gpus,
                 order_at=event.at,
                 reason_codes=(),
                 preempt_requested=False,
@@ -277,6 +279,7 @@ def used_by(record: TaskRecord, event: Event, heard_until: float | None = None) 
         seconds=max(0.0, ended - started) if seconds is None else seconds,
         ended_at=ended,
         places=record.places,
+        gpus=record.gpus,
     )
 
 

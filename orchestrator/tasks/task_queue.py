@@ -93,6 +93,8 @@ class Spent:
     ended_at: float
     places: int = 1
     """Places of the worker, each of which is charged."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
 
 
 @dataclass(frozen=True)
@@ -716,9 +718,16 @@ class TaskQueue:
         Cost:
             One row for each team.
         """
-        chosen = select(_team_uses.c.team, _team_uses.c.seconds, _team_uses.c.at)
+        return {team: used.at_time(now) for team, used in self._team_uses().items()}
+
+    def gpu_use_of_teams(self, now: float) -> dict[str, float]:
+        """The same in GPU-seconds."""
+        return {team: used.gpus_at_time(now) for team, used in self._team_uses().items()}
+
+    def _team_uses(self) -> dict[str, DecayedSum]:
+        chosen = select(_team_uses.c.team, _team_uses.c.seconds, _team_uses.c.at, _team_uses.c.gpu_seconds)
         with self._database.reading() as connection:
-            return {team: DecayedSum(seconds, at).at_time(now) for team, seconds, at in connection.execute(chosen)}
+            return {team: DecayedSum(*sums) for team, *sums in connection.execute(chosen)}
 
     def spent(self, task_id: str) -> list[Spent]:
         """What a task's orders cost its team, oldest first."""
@@ -803,7 +812,7 @@ class TaskQueue:
     def _charge(self, connection: Connection, spent: Spent) -> None:
         team = _team_uses.c.team == spent.team
         # Locked on Postgres, so that of two that charge at once each sees the other's; SQLite has one writer anyway.
-        mine = select(_team_uses.c.seconds, _team_uses.c.at).where(team).with_for_update()
+        mine = select(_team_uses.c.seconds, _team_uses.c.at, _team_uses.c.gpu_seconds).where(team).with_for_update()
         before = connection.execute(mine).first()
         if before is None:
             self._lock_team(connection, spent.team)
@@ -813,11 +822,13 @@ class TaskQueue:
             return
         connection.execute(insert(_uses).values(**vars(spent)))
         total = DecayedSum(*before) if before else DecayedSum()
-        total = total.plus(Use(team=spent.team, seconds=spent.seconds, ended_at=spent.ended_at, places=spent.places))
+        total = total.plus(
+            Use(team=spent.team, seconds=spent.seconds, ended_at=spent.ended_at, places=spent.places, gpus=spent.gpus)
+        )
         if before is None:
-            connection.execute(insert(_team_uses).values(team=spent.team, seconds=total.seconds, at=total.at))
+            connection.execute(insert(_team_uses).values(team=spent.team, **vars(total)))
         else:
-            connection.execute(update(_team_uses).where(team).values(seconds=total.seconds, at=total.at))
+            connection.execute(update(_team_uses).where(team).values(**vars(total)))
 
     def _append(self, connection: Connection, task_id: str, lines: Iterable[tuple[str, str]], at: float) -> None:
         rows = [{"task_id": task_id, "at": at, "kind": kind, "text": text} for kind, text in lines]

@@ -171,6 +171,8 @@ class TaskRecord(Section):
     worker: str = ""
     places: int = 1
     """Places of that worker: its ranks."""
+    gpus: float = 0.0
+    """GPUs of each of them."""
     claimed_at: float | None = None
     """When a worker last got the order to train it."""
     order_at: float | None = None

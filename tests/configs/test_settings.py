@@ -209,6 +209,14 @@ def test_a_quota_has_room_for_one_task_at_least(tmp_path: Path) -> None:
         read_settings(written(tmp_path, workers={"ranks": 4}, teams={"red": {"places": 3}}))
 
 
+def test_a_quota_of_gpu_hours_is_refused_where_it_would_never_count(tmp_path: Path) -> None:
+    teams = {"red": {"gpu_hours_a_week": 40}}
+    read = read_settings(written(tmp_path, workers={"gpus": 0.5}, teams=teams))
+    assert read.teams["red"].gpu_hours_a_week == 40.0
+    with pytest.raises(InvalidInput, match=r"teams.red.gpu_hours_a_week is 40, and no pool has GPUs"):
+        read_settings(written(tmp_path, teams=teams))
+
+
 BASES = [{"name": name, "source": "x", "weights_sha256": SHA256} for name in ("tiny", "large")]
 
 

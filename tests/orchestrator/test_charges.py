@@ -71,6 +71,21 @@ def test_ten_hours_that_are_not_over_let_the_other_team_go_first(make_plant: Mak
     assert places(plant)["t-blue-b"] == 1
 
 
+def test_a_place_with_a_gpu_is_charged_for_it_also_while_versions_are_scored(make_plant: MakePlant) -> None:
+    plant = make_plant(pools={"half": {"max": 1, "gpus": 0.5}, "none": {"max": 1}})
+    plant.submit("red/gpu", pool="half")
+    plant.submit("blue/cpu", pool="none")
+    plant.run()
+    assert {one.gpus for one in plant.queue.spent(plant.get("blue/cpu").task_id) if one.what == "train"} == {0.0}
+    found = [one for one in plant.queue.spent(plant.get("red/gpu").task_id) if one.gpus]
+    assert ("train", TRAIN, 0.5) in [(one.what, one.seconds, one.gpus) for one in found]
+    used = plant.queue.gpu_use_of_teams(0.0)["red"]
+    assert used == pytest.approx(sum(0.5 * one.seconds for one in found), rel=1e-3)
+    (waiting,) = plant.submit("red/next", pool="half")
+    (task,), _ = plant.controller.line()
+    assert (task.task_id, task.gpus) == (waiting.task_id, 0.5)
+
+
 def test_a_restart_counts_nothing_twice(plant: Plant) -> None:
     plant.cluster.hold = lambda order: isinstance(order, Evaluate)
     plant.submit("red/alpha")

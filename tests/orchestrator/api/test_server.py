@@ -272,6 +272,7 @@ def test_the_teams_tell_their_shares_quotas_and_use(site: Site) -> None:
         assert (facts["weight"], facts["share"], facts["places"]) == (1.0, 0.5, 0)
         assert facts["places_quota"] is facts["place_hours_a_week_quota"] is None
         assert facts["place_hours_a_week"] > 0.0
+        assert (facts["gpu_hours_a_week"], facts["gpu_hours_a_week_quota"]) == (0.0, None)
 
 
 def test_the_settings_are_told_without_passwords(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.scheduling.fair_share import (
     CHARGE_SECONDS,
+    GPU_WORTH,
     HALF_LIFE_SECONDS,
     DecayedSum,
     Running,
@@ -140,6 +142,27 @@ def test_the_first_few_are_the_same_when_only_the_head_of_each_line_is_known() -
         for task in sorted((t for t in tasks if t.team == team), key=lambda t: (-t.priority, t.submitted_at))[:7]
     ]
     assert running_order(heads, teams, running, shares, now=90.0, limit=7) == everything[:7]
+
+
+def test_a_place_counts_by_its_gpus_in_the_past_and_while_it_runs_and_at_the_start() -> None:
+    tasks = waiting("red1", "blue2")
+    # Red had a CPU for 500 s, blue a GPU for 60: that is 60 + 9 · 60.
+    assert running_order(tasks, {"red": 500.0, "blue": 60.0}, now=0.0, gpu_seconds={"blue": 60.0}) == ("red1", "blue2")
+    assert running_order(tasks, {"red": 700.0, "blue": 60.0}, now=0.0, gpu_seconds={"blue": 60.0}) == ("blue2", "red1")
+    runs = [Running("red", 0.0, 0.0), Running("blue", 0.0, 0.0, gpus=0.5)]
+    assert running_order(waiting("blue1", "red2"), {}, runs, now=100.0) == ("red2", "blue1")
+    # Two of red's on a GPU against one of blue's: the first is charged ten times as much as one without.
+    first, second = (replace(task, gpus=1.0) for task in waiting("red1", "red2"))
+    blue = {"blue": CHARGE_SECONDS * (1 + GPU_WORTH) - 1}
+    assert running_order([first, second, *waiting("blue3")], blue, now=0.0) == ("red1", "blue3", "red2")
+    assert running_order(waiting("red1", "red2", "blue3"), blue, now=0.0) == ("red1", "red2", "blue3")
+
+
+def test_gpu_seconds_decay_like_place_seconds() -> None:
+    used = DecayedSum().plus(Use(team="red", seconds=100.0, ended_at=0.0, places=4, gpus=0.5))
+    used = used.plus(Use(team="red", seconds=10.0, ended_at=WEEK))
+    assert (used.at_time(WEEK), used.gpus_at_time(WEEK)) == (210.0, 100.0)
+    assert used.gpus_at_time(2 * WEEK) == 50.0
 
 
 def test_nothing_waits() -> None:

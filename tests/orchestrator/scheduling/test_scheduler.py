@@ -154,6 +154,15 @@ def test_a_team_beyond_its_week_borrows() -> None:
     assert sum(0.5 ** (hour / 168) for hour in range(10_000)) / 168 == pytest.approx(STEADY_WEEKS, rel=0.01)
 
 
+def test_a_team_beyond_its_gpu_hours_borrows_however_few_places_it_had() -> None:
+    week = {"red": Share(gpu_seconds_a_week=1000.0, place_seconds_a_week=1e9)}
+    tasks = [waits("red/a", 1), waits("blue/b", 2)]
+    used: dict[str, Any] = {"use_seconds": {"red": 1000.0 * STEADY_WEEKS, "blue": 1e9}}
+    over = decided(tasks, capacity=1, shares=week, gpu_seconds={"red": 1000.0 * STEADY_WEEKS}, **used)
+    assert (started(over), codes(over)) == (["blue/b"], {"red/a": "over-quota"})
+    assert started(decided(tasks, capacity=1, shares=week, **used)) == ["red/a"]  # on CPUs alone
+
+
 BORROWED = [runs("red/old", 1.0), runs("red/mid", 2.0), runs("red/new", 3.0), runs("blue/x", 4.0)]
 QUOTAS = {"red": 1, "blue": 3}
 
@@ -331,6 +340,12 @@ def test_all_that_has_to_go_ends_at_once_when_it_has_nothing_to_do() -> None:
     decision = shared([LARGE, waits("green/a", 2.0, pool="small")], idle=2)
     assert (started(decision), decision.ends) == ([], ("small-0", "small-1"))
     assert codes(decision)["green/a"] == "reserved-for"
+
+
+def test_who_waits_for_a_worker_that_has_to_go_is_told_for_whom() -> None:
+    decision = shared([LARGE, waits("green/a", 2.0, pool="small")], 500.0, 30.0)  # one is free in 30 s: not for green
+    found = decision.waits["green/a"]
+    assert (found.code, found.about, decision.ends) == (WaitCode.RESERVED_FOR, "red/large", ())
 
 
 def test_what_is_not_needed_goes_on_and_takes_tasks_of_any_length() -> None:

@@ -55,6 +55,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "told": lambda q: q.told(0, 5),
     "newest_event": lambda q: q.newest_event(),
     "use_of_teams": lambda q: q.use_of_teams(5.0),
+    "gpu_use_of_teams": lambda q: q.gpu_use_of_teams(5.0),
     "spent": lambda q: q.spent(KNOWN),
     "with_deadline": lambda q: q.with_deadline(),
 }
