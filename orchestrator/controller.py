@@ -754,10 +754,14 @@ class Controller:
 
     def wait_of_another(self, extra: Waiting) -> Wait | None:
         """Why a task that is not there yet would not start at once; None where it would. Thread-safe."""
-        line, running = self.line(extra)
+        pauses = self._queue.pauses()
+        if SERVICE in pauses or extra.team in pauses:
+            return None
         free = {name: sum(w.is_free for w in pool.workers) for name, pool in self.describe_pools().items()}
         pools = {name: self._places(name, count, 0) for name, count in free.items()}
-        return decide(self._situation(pools, line, running)).waits.get(extra.task_id)
+        waiting = [*self._looked_at(pools, pauses), *self._with_gpus([extra])]
+        running = self._pool.running(self._queue.in_flight())
+        return decide(self._situation(pools, waiting, running)).waits.get(extra.task_id)
 
     def _apply(self, task_ids: tuple[str, ...], event: Event) -> None:
         self.wake()
