@@ -522,7 +522,8 @@ class Controller:
         pools = {name: self._places(name, len(by_pool[name]), kept[name]) for name in by_pool}
         waiting = self._looked_at(pools, pauses)
         machines = self._room(pools) if waiting else {}
-        workers = self._pool.on_machines([worker.name for worker in free]) if machines else ()
+        claimed = {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER}
+        workers = self._pool.on_machines([worker.name for worker in free], claimed) if machines else ()
         situation = self._situation(pools, waiting, self._pool.running(live))
         situation = replace(situation, machines=machines, workers=workers, fits_since=self.decision.fits_since)
         self.decision = decide(situation) if waiting else Decision()
@@ -539,7 +540,7 @@ class Controller:
         given = {worker.name for worker in self._pool.workers.values() if worker.order is not None}
         self._pool.resize(
             wanted,
-            {record.worker for record in live if next_step(record) is Step.AWAIT_ADAPTER},
+            claimed,
             self.decision.growth,
             [name for name in self.decision.ends if name not in given],
         )

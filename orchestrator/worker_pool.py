@@ -708,9 +708,14 @@ class WorkerPool:
             if (at := ends_at(settings, seats)) is not None and len(seats) > settings.min and at > now:
                 self._pending_calls.not_before(f"idle:{name}", at)
 
-    def on_machines(self, idle: Collection[str]) -> list[Worker]:
+    def on_machines(self, idle: Collection[str], claimed: Collection[str]) -> list[Worker]:
         """The workers that are not drained, with the machines that they are on; without those of which that is not
-        known. Idle: names of those that have nothing to do."""
+        known.
+
+        Args:
+            idle: Names of those that have nothing to do.
+            claimed: Names of those that tasks wait for because they had them before: none of them is taken back.
+        """
         now = time.time()
         return [
             Worker(
@@ -721,7 +726,8 @@ class WorkerPool:
                 ends_in=None if worker.ends_at is None else max(0.0, worker.ends_at - now),
             )
             for worker in self.workers.values()
-            if worker.drain is None and (worker.machines or (worker.is_placeless and worker.order is None))
+            if worker.drain is None
+            and (worker.machines or (worker.is_placeless and worker.order is None and worker.name not in claimed))
         ]
 
     def look_at_drains(self) -> list[tuple[Train, Failed]]:

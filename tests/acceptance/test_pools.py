@@ -1,8 +1,8 @@
-"""Two pools on a real Ray: they grow while tasks wait, give back what is idle, and a drained worker's task goes on."""
+"""Pools on a real Ray: they grow while tasks wait, give back what is idle, make room for each other, and a drained
+worker's task goes on."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator.ray_head import ray_environment
 from tests.acceptance.conftest import Site
+from tests.ray_cluster import RayCluster, ray_cluster
 
 MINILM = {
     "name": "minilm",
@@ -22,15 +23,23 @@ MINILM = {
 POOLS = {
     "small": {"cpus": 0.5, "min": 1, "max": 2, "idle_seconds": 2},
     "gang": {"cpus": 0.25, "ranks": 2, "min": 0, "max": 1, "idle_seconds": 2},
+    "whole": {"cpus": 1, "min": 0, "max": 1, "idle_seconds": 2},
 }
 LONG = 100_000
 """Steps of a task that does not end by itself while the test looks at it."""
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster(cpus=2) as found:
+        yield found
+
+
+@pytest.fixture
+def site(tmp_path: Path, cluster: RayCluster) -> Iterator[Site]:
     made = Site(tmp_path)
-    settings = {"base_model": MINILM, "teams": {"payments": {}, "cards": {}}, "pools": POOLS}
+    ray = {"address": cluster.address, "auth_token_path": str(cluster.token)}
+    settings = {"base_model": MINILM, "teams": {"payments": {}, "cards": {}}, "pools": POOLS, "ray": ray}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     made.run("up", "--config", "settings.yaml")
     try:
@@ -42,20 +51,15 @@ def site(tmp_path: Path) -> Iterator[Site]:
 class InRay:
     """What Ray itself says of a site's cluster: which actors there are, and what of its CPUs is reserved."""
 
-    def __init__(self, site: Site) -> None:
-        state_dir = site.folder / ".onebasis"
-        os.environ.update(ray_environment(state_dir / "ray_token"))
+    def __init__(self, cluster: RayCluster) -> None:
+        os.environ.update(ray_environment(cluster.token))
         import ray
         from ray._private.authentication_test_utils import reset_auth_token_state
 
         reset_auth_token_state()  # a test before this one may have joined another cluster from this process
 
         self._ray = ray
-        ray.init(
-            address=json.loads((state_dir / "ray.json").read_text())["address"],
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
 
     def workers(self) -> set[str]:
         named = self._ray.util.list_named_actors(all_namespaces=True)
@@ -73,9 +77,9 @@ class InRay:
 
 
 @pytest.fixture
-def in_ray(site: Site) -> Iterator[InRay]:
+def in_ray(site: Site, cluster: RayCluster) -> Iterator[InRay]:
     before = dict(os.environ)
-    found = InRay(site)
+    found = InRay(cluster)
     yield found
     found.close()
     os.environ.clear()
@@ -120,10 +124,21 @@ def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None
     assert {name: (pool["busy"], pool["min"], pool["max"]) for name, pool in pools.items()} == {
         "small": (2, 1, 2),
         "gang": (1, 0, 1),
+        "whole": (0, 0, 1),
     }
 
+    # Of two CPUs half of one is free. A team that has used less asks for a whole one: what ends next gives it its room.
+    whole = yaml.safe_load(site.task_file("one", steps=2).read_text()) | {"team": "cards", "pool": "whole"}
+    (site.folder / "one.yaml").write_text(yaml.safe_dump(whole))
+    site.run("submit", "one.yaml")
+    site.wait("c to be held back for it", lambda: site.task("payments/c")["wait"]["code"] == "reserved-for", 120)
+    assert "free places are kept for cards/one" in site.task("payments/c")["why"]
+    site.run("cancel", "payments/b")
+    site.wait_for_state("cards/one", "training", "merging", "evaluating", "published", "rejected", seconds=300)
+    assert "ending small-1: a task that is before others waits for its room" in site.log()
+    site.wait("c to get the place when that is idle", lambda: at_work(site).get("payments/c") == "small-1", 300)
+
     # Drain with a running task: it goes on from its checkpoint on another worker.
-    site.run("cancel", "payments/c")
     site.wait("a to have a checkpoint", lambda: site.task("payments/a")["progress"].get("step", 0) > 5, 300)
     site.run("drain", "small-0", "--reason", "new kernel", "--wait")
     assert "small-0" not in in_ray.workers()
@@ -131,7 +146,7 @@ def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None
     assert "small-0 is drained by" in task["reason"]
     assert task["training"]["lost_machines"] == 0
     assert task["wait"]["pool"] == "small"
-    site.run("cancel", "payments/b")
+    site.run("cancel", "payments/c")
     site.wait("a to train elsewhere", lambda: at_work(site).get("payments/a") == "small-1", 300)
     assert task["training"]["preemptions"] == 1
     assert "new kernel" in site.run("status")
@@ -147,7 +162,7 @@ def test_pools_grow_give_back_and_are_drained(site: Site, in_ray: InRay) -> None
     site.run("cancel", "--team", "payments")
     site.wait("the gang and one worker to be given back", lambda: len(in_ray.workers()) == 1, 300)
     site.wait("their CPUs to be free", lambda: in_ray.reserved_cpus() == pytest.approx(least), 60)
-    assert set(states(site).values()) == {"cancelled"}
+    assert {state for title, state in states(site).items() if title != "cards/one"} == {"cancelled"}
 
     # The only machine is drained: what is asked for meanwhile waits for a place, says why, and gets it with --undo.
     node = in_ray.machine()

@@ -143,6 +143,10 @@ def test_pools_on_one_machine_make_room_for_each_other_and_no_stream_of_small_ta
     plant.run(lambda: len(at_work(plant)) == 2)
     (large,) = plant.submit("blue/large", pool="gang")
     plant.run(lambda: plant.controller.decision.reserved == {"gang": large.task_id})
+    # What a task had before a restart is never taken back; what else waits for room may be.
+    waiting = [one.name for one in plant.controller._pool.on_machines((), ()) if not one.machines]
+    assert "gang-0" in waiting
+    assert "gang-0" not in [one.name for one in plant.controller._pool.on_machines((), {"gang-0"})]
     asked = service(plant).tasks
     held_back = asked.one(ShowTask(reference="red/5"))
     assert held_back["wait"]["code"] == "reserved-for"
