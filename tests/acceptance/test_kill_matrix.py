@@ -263,7 +263,7 @@ def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_become
         server.start()
     else:
         assert "onebasis is up:" in service.say("up")  # and not `up, with 1 alarm`
-    service.wait("the alarms to end", service.is_well, 60)
+    service.wait("the alarms to end", service.is_well, 180)
     tasks = service.let_go(titles)
     assert merged_once(service, *titles.values())
     assert service.status()["main"] == service.status()["candidate"]
@@ -317,7 +317,7 @@ def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_tra
     said = service.say("up")
     assert "onebasis is up:" in said  # and not `up, with 1 alarm`
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    service.wait("the alarms to end", service.is_well, 60)
+    service.wait("the alarms to end", service.is_well, 180)
     service.wait("the task to go on", lambda: service.task(title)["progress"].get("step", 0) > step + 2)
     service.run("cancel", title)
     service.wait_for_state(title, "cancelled")
@@ -335,7 +335,7 @@ def test_while_each_write_takes_seconds_nobody_waits_silently_and_the_task_is_pu
         assert merged_once(service, "payments/late-writes")
     finally:
         service.proxy.mood = Mood.WELL
-    service.wait("the alarms to end", service.is_well, 60)
+    service.wait("the alarms to end", service.is_well, 180)
 
 
 @pytest.mark.stops
