@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 from configs.errors import LEAVES, Conflict
 from orchestrator.api.requests import ListTasks, ListVersions, ReadAudit, ReadEvents
@@ -134,7 +135,8 @@ def test_errors_are_problems_of_one_type_for_each_class(site: Site) -> None:
     assert told["title"] == "There is no such task, version, team or key for you"
     assert told["detail"] == "'red/nothing': there is no such task"
     assert {"kind", "code", "what", "where", "todo"} <= told.keys()
-    problems = [Problem(leaf("what", "where", "todo", *("fact" for _ in leaf.facts))) for leaf in LEAVES]
+    request = Request({"type": "http", "state": {"request_id": "r-1"}})
+    problems = [Problem(request, leaf("what", "where", "todo", *("fact" for _ in leaf.facts))) for leaf in LEAVES]
     types = [re.findall(rb'"type":"([^"]+)","title":"([^"]+)"', bytes(problem.body))[0] for problem in problems]
     assert len({kind for kind, _ in types}) == len({title for _, title in types}) == len(LEAVES)
     for path, status in (("/nothing", 404), ("/store/hold", 405)):

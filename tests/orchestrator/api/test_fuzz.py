@@ -40,6 +40,8 @@ from tests.orchestrator.plant import Plant
 
 TOKEN = "the-token"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
+PATIENCE_SECONDS = 120
+"""Longest wait for an answer: a busy machine is no finding."""
 EXAMPLES = 18
 """Of each route and mode, 55 routes twice: enough for each field to be wrong in several ways."""
 KNOWN = {200, 404, 409, 413, 422, 503}
@@ -110,7 +112,7 @@ def test_whatever_is_asked_is_answered_and_what_is_refused_changes_nothing(
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: Case) -> None:
         before = still.facts()
-        answer = case.call(headers=HEADERS)
+        answer = case.call(headers=HEADERS, timeout=PATIENCE_SECONDS)
         assert answer.status_code in KNOWN, f"{answer.status_code} {answer.text}"
         if answer.status_code != 200:
             assert still.facts() == before
@@ -130,7 +132,7 @@ def test_whatever_a_team_asks_shows_nothing_of_another(still: Still, schema: Any
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
     @settings(max_examples=EXAMPLES // 3, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: Case) -> None:
-        answer = case.call(headers=headers)
+        answer = case.call(headers=headers, timeout=PATIENCE_SECONDS)
         assert answer.status_code in KNOWN | {403}, f"{answer.status_code} {answer.text}"
         assert b"blue/b" not in answer.content
         assert still.beta.encode() not in answer.content

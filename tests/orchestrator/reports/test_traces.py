@@ -300,11 +300,10 @@ def test_a_collector_that_hangs_or_is_gone_holds_up_nothing(
     with caplog.at_level(logging.WARNING, "onebasis.traces"):
         thread.start()
         bare_site.publish("red/alpha")  # within its own time
-        until = time.monotonic() + 10
-        while "no answer within" not in teller.error:
+        until = time.monotonic() + 60
+        while "no answer within" not in teller.error or not teller.behind:
             assert time.monotonic() < until
             time.sleep(0.01)
-        assert teller.behind
         endpoint[0] = "http://127.0.0.1:9"
         while "ConnectionRefusedError" not in teller.error:
             assert time.monotonic() < until
