@@ -22,7 +22,7 @@ test: $(READY)
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
 	@echo "         the web page in a real Chromium, which takes apt-get and npm to install; make test-web installs it and runs"
 	@echo "         these tests (2 minutes)"
-	@echo "         each process of a service stopped, all killed at once, and a store that is full, read-only, away or slow;"
+	@echo "         each process of a service stopped, two parts of Ray killed by themselves, all killed at once, and a store that is full, read-only, away or slow;"
 	@echo "         make test-kills runs these tests and all others that kill (some 25 minutes)"
 	@echo "         the deployment files before Helm, Kubernetes' schemas, nginx and systemd themselves; make check-deploy runs them"
 
