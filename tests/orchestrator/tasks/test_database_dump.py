@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,6 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.task_record import Drain
 from tests.builders import task_record
 from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
-from tests.servers.postgres import Postgres, postgres_server
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Postgres]:
-    with postgres_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of a database without tables."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/empty.db"
-    server: Postgres = request.getfixturevalue("_server")
-    server.empty()
-    return server.url
 
 
 def filled(url: str) -> str:
@@ -64,14 +46,14 @@ def told(url: str) -> tuple[Any, ...]:
         database.close()
 
 
-def test_what_was_dumped_is_there_again_in_either_kind(tmp_path: Path, empty: str) -> None:
+def test_what_was_dumped_is_there_again_in_either_kind(tmp_path: Path, url: str) -> None:
     source = filled(f"sqlite:///{tmp_path}/tasks.db")
     lines = [*dump(source)]
     rows = json.loads(lines[-1])["rows"]
-    assert load(empty, lines) == rows > 5
-    assert told(empty) == told(source)
-    assert [*dump(empty)] == lines
-    queue = TaskQueue(empty)  # and it is gone on with: new events get new numbers
+    assert load(url, lines) == rows > 5
+    assert told(url) == told(source)
+    assert [*dump(url)] == lines
+    queue = TaskQueue(url)  # and it is gone on with: new events get new numbers
     queue.apply("t-red-alpha", Claimed(token="new", worker="worker-0", at=2000.0))
     queue.close()
 
@@ -88,24 +70,24 @@ def test_a_dump_is_one_state_and_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", sorted(path.stem for path in GOLDEN.glob("*.json")))
 def test_tables_of_an_earlier_release_are_dumped_as_they_are_and_brought_up_to_date_when_loaded(
-    release: str, tmp_path: Path, empty: str
+    release: str, tmp_path: Path, url: str
 ) -> None:
     source = unpacked(release, tmp_path)
     was = look(source).revision
     lines = [*dump(source)]
     assert look(source).revision == was
-    load(empty, lines)
-    assert look(empty).revision == HEAD
-    queue = TaskQueue(empty)
+    load(url, lines)
+    assert look(url).revision == HEAD
+    queue = TaskQueue(url)
     assert facts(queue) == json.loads((GOLDEN / f"{release}.json").read_text())
     queue.close()
 
 
-def test_a_database_that_has_tables_is_not_loaded_into(tmp_path: Path, empty: str) -> None:
+def test_a_database_that_has_tables_is_not_loaded_into(tmp_path: Path, url: str) -> None:
     source = filled(f"sqlite:///{tmp_path}/tasks.db")
-    Database(empty).close()
+    Database(url).close()
     with pytest.raises(Conflict, match="already"):
-        load(empty, dump(source))
+        load(url, dump(source))
 
 
 def test_a_dump_that_was_cut_off_or_changed_leaves_nothing(tmp_path: Path) -> None:

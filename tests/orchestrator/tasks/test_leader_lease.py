@@ -15,16 +15,10 @@ from orchestrator.tasks.task_events import Claimed
 from orchestrator.tasks.task_queue import TaskQueue
 from tests.builders import task_record
 from tests.contracts.task_queue_contract import at_once
-from tests.servers.postgres import Postgres, postgres_server
+from tests.servers.postgres import Postgres
 
 ONE, TWO = (Member(name, f"{name}:/here", f"http://{name}:1") for name in ("one", "two"))
 CLAIM = Claimed(token="tok", worker="worker-0", at=1.0)
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with postgres_server() as server:
-        yield server
 
 
 @pytest.fixture

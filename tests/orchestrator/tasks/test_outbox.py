@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,22 +17,7 @@ from orchestrator.tasks.task_queue import TaskQueue
 from orchestrator.tasks.verdict_book import Verdict, VerdictBook
 from tests.builders import task_record
 from tests.contracts.task_queue_contract import at_once
-from tests.servers.postgres import Postgres, postgres_server
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with postgres_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tasks.db"
-    server: Postgres = request.getfixturevalue("postgres")
-    server.empty()
-    return server.url
+from tests.servers.postgres import Postgres
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.builders import task_record
 from tests.contracts.task_queue_contract import TaskQueueContract, at_once
 from tests.moto_server import free_port
 from tests.orchestrator.tasks.golden import GOLDEN, facts, unpacked
-from tests.servers.postgres import Postgres, postgres_server
+from tests.servers.postgres import Postgres
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,12 +56,6 @@ class TestSqliteTaskQueue(TaskQueueContract):
         with queue._database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with postgres_server() as server:
-        yield server
 
 
 class TestPostgresTaskQueue(TaskQueueContract):

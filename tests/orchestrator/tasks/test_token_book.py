@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,22 +12,7 @@ from orchestrator.tasks.audit_log import FIRST, AuditLog
 from orchestrator.tasks.database import Database
 from orchestrator.tasks.token_book import PREFIX, TokenBook, TokenRecord
 from tests.contracts.task_queue_contract import at_once
-from tests.servers.postgres import Postgres, postgres_server
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with postgres_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tasks.db"
-    server: Postgres = request.getfixturevalue("postgres")
-    server.empty()
-    return server.url
+from tests.servers.postgres import Postgres
 
 
 @pytest.fixture
