@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class Exit(IntEnum):
@@ -121,6 +121,18 @@ class OnebasisError(Exception):
         text = {"what": self.what, "where": self.where, "todo": self.todo}
         known = {name: getattr(self, name) for name in self.facts}
         return {"kind": self.kind, "code": self.row, **text, **known}
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same error in which other names stand for some; itself where it has none of them."""
+        told = tuple(renamed(fact, names) if isinstance(fact, str) else fact for fact in self.args)
+        return self if told == self.args else type(self)(*told)
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A text in which other names stand for some, as for a file whose path means nothing to the reader."""
+    for name, other in names.items():
+        text = text.replace(name, other)
+    return text
 
 
 class InvalidInput(OnebasisError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.errors import InvalidInput, OnebasisError, TooManyRequests, Unavailable
+from configs.errors import InvalidInput, OnebasisError, TooManyRequests, Unavailable, renamed
 from configs.places import is_in_bucket
 from configs.task_spec import TaskSpec
 from configs.uploads import FILES_MAX, SentFile, UploadName, check_names, is_upload
@@ -56,15 +56,11 @@ class Sent:
         try:
             answer = client.ask(Submit(task=self.spec, by=me(), **how))
         except OnebasisError as error:
-            if not self.own:
+            told = error.renamed(self.own)
+            if told is error:
                 raise
-            raise type(error)(*map(self._in_own_words, error.args)) from error
-        return answer | {"warnings": [self._in_own_words(warning) for warning in answer["warnings"]]}
-
-    def _in_own_words(self, fact: Any) -> Any:
-        for name, place in self.own.items():
-            fact = fact.replace(name, place) if isinstance(fact, str) else fact
-        return fact
+            raise told from error
+        return answer | {"warnings": [renamed(warning, self.own) for warning in answer["warnings"]]}
 
 
 def with_its_files(client: Client, task: TaskSpec, their_files: bool, as_json: bool) -> Sent:

@@ -14,14 +14,14 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from configs import log_lines
-from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull
+from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull, renamed
 from configs.places import OpenFile, OutsideError, is_below, is_in_bucket, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
 from configs.task_spec import SCORE_MAX, TaskSpec
@@ -129,19 +129,13 @@ def check_submission(spec: TaskSpec, settings: Settings, layout: BaseLayout) -> 
     try:
         draft = _checked(spec, settings, layout, buckets)
     except OnebasisError as error:
-        facts = tuple(_told(fact, names | buckets.places) for fact in error.args)
-        if facts == error.args:
+        told = error.renamed(names | buckets.places)
+        if told is error:
             raise
-        raise type(error)(*facts) from None
+        raise told from None
     finally:
         buckets.close()
-    return replace(draft, warnings=tuple(_told(warning, names | buckets.places) for warning in draft.warnings))
-
-
-def _told(fact: Any, names: Mapping[str, str]) -> Any:
-    for path, name in names.items():
-        fact = fact.replace(path, name) if isinstance(fact, str) else fact
-    return fact
+    return replace(draft, warnings=tuple(renamed(warning, names | buckets.places) for warning in draft.warnings))
 
 
 def _checked(spec: TaskSpec, settings: Settings, layout: BaseLayout, buckets: BucketFiles) -> Draft:
