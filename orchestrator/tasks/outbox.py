@@ -15,9 +15,10 @@ from sqlalchemy.engine import Connection
 
 from orchestrator.tasks import tables
 from orchestrator.tasks.database import Database
+from orchestrator.tasks.followers import move, position_of
 from orchestrator.tasks.happenings import Happening, is_last, next_attempt
 
-_happenings, _deliveries, _told_logs = tables.happenings, tables.deliveries, tables.told_logs
+_happenings, _deliveries = tables.happenings, tables.deliveries
 AnyRow = Row[*tuple[Any, ...]]
 AT_ONCE = 500
 """Happenings that are given out in one transaction."""
@@ -67,15 +68,13 @@ class Outbox:
     def told_until(self, base_model: str) -> int | None:
         """The last record of a base model's version log that was told of; None: nobody ever looked."""
         with self._database.reading() as connection:
-            seq = connection.execute(select(_told_logs.c.seq).where(_told_logs.c.base_model == base_model)).scalar()
-            return None if seq is None else int(seq)
+            return position_of(connection, _follower(base_model))
 
     def tell_log(self, base_model: str, seq: int, happenings: Iterable[Happening]) -> None:
         """Keep what a version log says up to a record, and that it was told of so far, in one transaction."""
         with self._database.writing() as connection:
             self._put_new(connection, happenings)
-            connection.execute(delete(_told_logs).where(_told_logs.c.base_model == base_model))
-            connection.execute(insert(_told_logs).values(base_model=base_model, seq=seq))
+            move(connection, _follower(base_model), seq)
 
     def give_out(self, receivers: Callable[[Happening], Sequence[str]], now: float) -> int:
         """Make a delivery of each new happening for each webhook that is told of it.
@@ -177,6 +176,11 @@ class Outbox:
         values = {"due_at": None, "status": status, "answer": answer[:ANSWER_MAX]}
         with self._database.writing() as connection:
             connection.execute(update(_deliveries).where(*_same(delivery)).values(**values))
+
+
+def _follower(base_model: str) -> str:
+    """What follows a base model's version log for all webhooks."""
+    return f"webhooks of {base_model}"
 
 
 def _fresh(happening_id: int, hook: str, now: float) -> dict[str, object]:

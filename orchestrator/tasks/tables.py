@@ -245,14 +245,6 @@ deliveries = Table(
 )
 """What each webhook is sent. `due_at` is empty once it was taken, or given up."""
 
-told_logs = Table(
-    "told_logs",
-    metadata,
-    Column("base_model", String(63), primary_key=True),
-    Column("seq", BigInteger, nullable=False),
-)
-"""Base model to the last record of its version log that webhooks were told of."""
-
 verdicts = Table(
     "verdicts",
     metadata,
@@ -268,7 +260,7 @@ verdicts = Table(
 followers = Table(
     "followers",
     metadata,
-    Column("name", String(40), primary_key=True),
-    Column("event_id", BigInteger, nullable=False),
+    Column("name", String(80), primary_key=True),
+    Column("number", BigInteger, nullable=False),
 )
-"""What is told elsewhere of the events, to the last event that was told there."""
+"""How far those have come who tell others of events, requests or versions: see followers.py."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import func, select
 
 from orchestrator.tasks import tables
 from orchestrator.tasks.database import Database
+from orchestrator.tasks.followers import move, position_of
 from orchestrator.tasks.task_rows import LifeEvent
 
-_events, _followers = tables.events, tables.followers
+_events = tables.events
 TASKS, REQUESTS = "traces", "traces of requests"
 """What is told of: events of tasks by their numbers, and rows of the audit log by theirs."""
 
@@ -30,14 +31,12 @@ class TraceBook:
     def told_until(self, what: str = TASKS) -> int | None:
         """Number of the last that was told; None: nobody ever began."""
         with self._database.reading() as connection:
-            last = connection.execute(select(_followers.c.event_id).where(_followers.c.name == what)).scalar()
-            return None if last is None else int(last)
+            return position_of(connection, what)
 
     def told(self, number: int, what: str = TASKS) -> None:
         """Note that all is told up to a number. Raises NotLeading."""
         with self._database.writing() as connection:
-            connection.execute(delete(_followers).where(_followers.c.name == what))
-            connection.execute(insert(_followers).values(name=what, event_id=number))
+            move(connection, what, number)
 
     def changed(self, after: int, limit: int) -> list[tuple[int, str, bool]]:
         """(number, task, whether it came into another state) of the events behind a number that changed a task, oldest

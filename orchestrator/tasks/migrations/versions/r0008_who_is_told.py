@@ -38,9 +38,9 @@ def upgrade() -> None:
     op.create_index("deliveries_by_due", "deliveries", ["due_at"])
     op.create_index("deliveries_by_hook", "deliveries", ["hook", "happening_id"])
     op.create_table(
-        "told_logs",
-        sa.Column("base_model", sa.String(63), primary_key=True),
-        sa.Column("seq", sa.BigInteger, nullable=False),
+        "followers",
+        sa.Column("name", sa.String(80), primary_key=True),
+        sa.Column("number", sa.BigInteger, nullable=False),
     )
     op.create_table(
         "verdicts",

@@ -1,4 +1,4 @@
-"""What traces are made of: the facts of events, where and when orders were done, and how far it was told."""
+"""What traces are made of: the facts of events, and where and when orders were done."""
 
 from __future__ import annotations
 
@@ -13,8 +13,3 @@ def upgrade() -> None:
     op.add_column("events", sa.Column("facts", sa.Text))
     op.add_column("uses", sa.Column("worker", sa.String(80), nullable=False, server_default=""))
     op.add_column("uses", sa.Column("done_at", sa.Text))
-    op.create_table(
-        "followers",
-        sa.Column("name", sa.String(40), primary_key=True),
-        sa.Column("event_id", sa.BigInteger, nullable=False),
-    )
