@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs import places
 from configs.document import Name, Section, read_document
@@ -231,6 +231,14 @@ class BucketSettings(Section):
     """Region of the bucket; default: what boto3's chain finds."""
     path_style: bool | None = None
     """As for `storage`."""
+
+    @field_validator("url")
+    @classmethod
+    def _names_a_part_of_a_bucket(cls, url: str) -> str:
+        try:
+            return places.in_bucket(url)
+        except InvalidInput as error:
+            raise ValueError(f"{error.what}: {error.todo}") from error
 
 
 class TeamSettings(Section):

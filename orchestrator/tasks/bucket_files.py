@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput, NotFound, TooLarge, Unavailable
 from configs.places import in_bucket
-from configs.settings import BucketSettings, Settings
+from configs.settings import Settings
 from configs.uploads import FILES_MAX, check_names
 from orchestrator.tasks.uploads import FREE_BYTES_MIN, TeamFolder
 
@@ -67,6 +67,8 @@ class BucketFiles:
             names = storage.keys(inner)
         except NotFound as error:
             raise InvalidInput(f"{place}: {error.what}", key, "check the name of the bucket") from error
+        if inner in names and any(name.startswith(f"{inner}/") for name in names):
+            raise InvalidInput(f"{place} is an object, and others lie below it", key, "name one of them, or rename it")
         here = self._made() / str(len(self.places))
         here.mkdir(mode=0o700)
         path = here / inner.rpartition("/")[2]
@@ -87,19 +89,16 @@ class BucketFiles:
 
     def _opened(self, place: str, key: str) -> tuple[S3Storage, str]:
         """The longest part of a bucket that may be read in which the place lies, and its key there."""
-        roots = [(one, in_bucket(one.url)) for one in self._allowed]
-        found = max(
-            (pair for pair in roots if place.startswith(f"{pair[1]}/")), key=lambda pair: len(pair[1]), default=None
-        )
+        around = (one for one in self._allowed if place.startswith(f"{one.url}/"))
+        found = max(around, key=lambda one: len(one.url), default=None)
         if found is None:
-            told = ", ".join(root for _, root in roots)
-            todo = (
-                f"name something below one of: {told}"
-                if told
-                else "ask for `data_buckets` in the settings, or send files"
-            )
+            known = ", ".join(one.url for one in self._allowed)
+            todo = f"name something below one of: {known}" if known else "ask for `data_buckets`, or send the files"
             raise InvalidInput(f"{place} is in no part of a bucket that this service reads for the team", key, todo)
-        return _storage(*found), place[len(found[1]) + 1 :]
+        from subspace_store.storage.s3 import S3Storage  # imports boto3, which few submissions need
+
+        where = found.model_dump()
+        return S3Storage(where.pop("url"), **where), place[len(found.url) + 1 :]
 
     def _made(self) -> Path:
         if self._folder is None:
@@ -148,9 +147,3 @@ class BucketFiles:
             raise Unavailable(
                 f"the service cannot keep {at}: {error.strerror}", key, "tell those who run it"
             ) from error
-
-
-def _storage(bucket: BucketSettings, root: str) -> S3Storage:
-    from subspace_store.storage.s3 import S3Storage  # imports boto3, which few submissions need
-
-    return S3Storage(root, endpoint_url=bucket.endpoint_url, region=bucket.region, path_style=bucket.path_style)

@@ -40,9 +40,13 @@ def test_a_further_base_model_is_taken_with_its_workers_and_so_are_teams_folders
     assert taken(two(), two()) == []
     assert taken(two(), three()) == ["base_models.third", "pools.third"]
     changed = two(
-        teams={"red": {"weight": 2}}, data_roots=["/other"], gate={"drop_max": 0.5}, main={"hold": {"role": "admin"}}
+        teams={"red": {"weight": 2}},
+        data_roots=["/other"],
+        data_buckets=[{"url": "s3://rows/red"}],
+        gate={"drop_max": 0.5},
+        main={"hold": {"role": "admin"}},
     )
-    assert taken(two(), changed) == ["teams", "data_roots", "gate", "main"]
+    assert taken(two(), changed) == ["teams", "data_roots", "data_buckets", "gate", "main"]
 
 
 def test_base_model_alone_and_a_list_of_it_are_the_same_settings() -> None:

@@ -3,19 +3,22 @@ read."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
 
 from configs.document import check_document
-from configs.errors import InvalidInput, TooLarge
+from configs.errors import InvalidInput, TooLarge, Unavailable
 from configs.task_spec import TaskSpec
 from orchestrator.tasks.admission import check_submission
 from orchestrator.tasks.uploads import team_folder
 from subspace_store.formats.peft import write_peft_folder
+from subspace_store.storage.s3 import S3Storage
 from tests.builders import LAYOUT, adapter, rows, settings, task_document, write_rows
 from tests.moto_server import CREDENTIALS, moto_server
 
@@ -132,6 +135,51 @@ def test_what_is_not_there_or_too_large_is_refused(tmp_path: Path, server: str, 
     with pytest.raises(TooLarge, match=r"s3://rows/red/large\.jsonl has more than the 200 bytes"):
         desk.check(small, large)
     assert desk.is_clean()
+
+
+def test_all_that_a_submission_names_together_is_limited_too(tmp_path: Path, server: str, bucket: Any) -> None:
+    desk = Desk(tmp_path, server, bucket, upload_team_bytes_max=700)
+    file = write_rows(tmp_path / "data/t.jsonl", TRAIN * 3)
+    assert 350 < file.stat().st_size < 700
+    first, second = desk.put("red/t.jsonl", file), desk.put("red/e.jsonl", file)
+    with pytest.raises(TooLarge, match="that may be read of it"):
+        desk.check(first, second)
+    assert desk.is_clean()
+
+
+def test_an_object_that_is_also_a_folder_is_read_as_neither(desk: Desk) -> None:
+    file = write_rows(desk.folder / "data/t.jsonl", TRAIN)
+    place, _ = desk.put("red/t.jsonl", file), desk.put("red/t.jsonl/part.jsonl", file)
+    with pytest.raises(InvalidInput, match="is an object, and others lie below it"):
+        desk.check(place, place)
+
+
+def test_an_answer_that_is_cut_is_asked_for_again_and_a_part_of_it_is_no_file(desk: Desk, server: str) -> None:
+    content = b"".join(b"%9d\n" % number for number in range(100_000))
+    desk.bucket.put_object(Key="red/long.jsonl", Body=content)
+    storage, cuts = S3Storage(f"s3://{BUCKET}/red", endpoint_url=server), [1000, 200_000, None]
+    client = storage._client()
+    asked, storage._connection = client.get_object, SimpleNamespace()
+
+    def get_object(**what: Any) -> Any:
+        answer, cut = asked(**what), cuts.pop(0)
+        body = answer["Body"].read()[:cut]
+        return answer | {"Body": SimpleNamespace(iter_chunks=lambda size: [body], close=lambda: None)}
+
+    storage._connection.get_object = get_object
+    with tempfile.TemporaryFile() as file:
+        assert storage.download("long.jsonl", file, len(content))
+        file.seek(0)
+        assert file.read() == content
+    cuts += [0, 1000, 1000]
+    with tempfile.TemporaryFile() as file, pytest.raises(Unavailable, match="the answer was cut 3 times"):
+        storage.download("long.jsonl", file, len(content))
+
+
+@pytest.mark.parametrize("url", ["https://rows/red", "s3://", "s3://rows/../red", "s3://rows//red"])
+def test_a_part_of_a_bucket_that_is_none_is_refused_with_the_settings(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ValueError, match=r"data_buckets\.0\.url"):
+        settings(tmp_path, data_buckets=[{"url": url}])
 
 
 def test_an_adapter_is_imported_from_a_folder_of_a_bucket_without_what_lies_beside_it(desk: Desk) -> None:

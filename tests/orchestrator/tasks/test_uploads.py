@@ -192,14 +192,18 @@ def test_what_is_not_used_for_a_day_is_deleted_and_the_rest_stays(place: Place) 
     old, used = place.keep(one=CONTENT, two=b"old alone"), place.keep(one=CONTENT, two=b"new")
     place.send(b"half of it", 0, 4)
     (place.red.sets / f".{'a' * 64}.1234").mkdir()  # a killed process was making it
+    (place.red.brought / "killed").mkdir()
     long_ago = time.time() - UNUSED_SECONDS - 60
-    for path in (*place.red.sets.iterdir(), *place.red.whole.iterdir(), *place.red.parts.iterdir()):
+    red = place.red
+    for path in (path for folder in (red.sets, red.whole, red.parts, red.brought) for path in folder.iterdir()):
         os.utime(path, (long_ago, long_ago))
+    (place.red.brought / "of-now").mkdir()
     place.red.find(upload_named(f"upload:{used}/one"), "data.train_file")  # a use
     place.uploads.delete_unused(time.time())
     assert os.listdir(place.red.sets) == [used]
     assert {path.read_bytes() for path in place.red.whole.iterdir()} == {CONTENT, b"new"}
     assert list(place.red.parts.iterdir()) == []
+    assert os.listdir(place.red.brought) == ["of-now"]
     with pytest.raises(InvalidInput, match=r"there is no upload .* not used for 24 hours"):
         place.red.find(upload_named(f"upload:{old}/one"), "data.train_file")
 
