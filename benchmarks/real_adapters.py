@@ -130,6 +130,8 @@ def tasks(data: Path | None) -> dict[str, TaskSpec]:
         return {spec.name: spec for spec in specs}
     metas = [json.loads(file.read_text()) for file in data.glob("*/meta.json")]
     files = {meta["name"]: data / meta["name"] / "train.jsonl.gz" for meta in metas if meta["label_names"]}
+    if not files:
+        raise SystemExit(f"--data {data}: no folder in it has a meta.json with label_names: no text sets")
     return {
         meta["name"]: _text_task(meta, files[meta["name"]])
         for meta in sorted((meta for meta in metas if meta["name"] in files), key=lambda m: _size(files[m["name"]], m))

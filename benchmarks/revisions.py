@@ -1,16 +1,17 @@
 """What a task keeps that learns again and again: `make bench-revisions`.
 
-Three real tasks whose rows arrive in five portions, each with test rows of its own. The tasks share one store; with
-each portion every task gets its next revision, which is trained on that portion alone, from what `main` serves, and
-takes the place of the one before it. Compared are, on the test rows of all portions:
+Three real tasks whose rows arrive in five portions, each with rows for the gate and test rows of its own. The tasks
+share one store; with each portion every task gets its next revision, which is trained on that portion alone, from what
+`main` serves, and takes the place of the one before it. Compared are, on the test rows of all portions, by which
+nothing is chosen:
 
 * `union`: one training on the rows of all portions together, which a strict service may not do;
-* `revisions`: the gate judges each of them on every portion's test rows, and `main` keeps what it had where it refuses;
+* `revisions`: the gate judges each of them on rows of every portion, and `main` keeps what it had where it refuses;
 * `without the gate`: the same, and everything is published;
 * `newest alone`: a training from the base model on the newest portion.
 
 Each training has EPOCHS passes over its rows. Trainings, merges, scores and verdicts are the service's own code, in
-this process. Prints a table and writes benchmarks/results/revisions.json.
+this process. Prints a table and writes part `revisions` of benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ from workers.methods.start import with_head_of  # noqa: E402
 from workers.rows.task_data import Row  # noqa: E402
 from workers.trainer import Surroundings, fit  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/revisions.json"
+RESULT = ROOT / "benchmarks/results/serving.json"
 TEXT_SETS = ("trec6", "sst2", "ag-news")
 EXAMPLES = ("charges", "top-ups", "card-orders")
-PORTIONS, TRAIN_ROWS, TEST_ROWS = 5, 200, 100
+PORTIONS, TRAIN_ROWS, GATE_ROWS, TEST_ROWS = 5, 200, 100, 100
 """Rows are of one portion."""
 EPOCHS, RATE, MAX_LENGTH = 3.0, 0.003, 32
 DRIFT_MIN = 1e-4
@@ -70,6 +71,8 @@ class Stream:
 
     spec: TaskSpec
     train: tuple[tuple[Row, ...], ...]
+    gate: tuple[tuple[Row, ...], ...]
+    """What the gate judges by: rows of the training file that no training sees."""
     test: tuple[tuple[Row, ...], ...]
 
 
@@ -96,19 +99,23 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, no GPU",
         "data": "examples/" if data is None else "text sets given by --data",
         "portions": PORTIONS,
-        "rows_of_a_portion": {"train": TRAIN_ROWS, "test": TEST_ROWS},
+        "rows_of_a_portion": {
+            stream.spec.name: {"train": len(stream.train[0]), "gate": len(stream.gate[0]), "test": len(stream.test[0])}
+            for stream in streams
+        },
         "tasks": ways,
         "mean": mean,
         "loss_to_union_points": 100 * (mean["union"]["all"] - mean["revisions"]["all"]),
         "earlier_portions_loss_points": 100 * mean["revisions"]["lost_since_new"],
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    RESULT.write_text(json.dumps(known | {"revisions": result}, indent=1) + "\n")
     print(json.dumps(mean, indent=1))
     print(f"written to {RESULT.relative_to(ROOT)}")
 
 
 def _streams(data: Path | None) -> Sequence[Stream]:
-    """Rows in a drawn order, the same every time, cut into portions."""
+    """Three tasks of the text sets, or of examples/."""
     found = []
     for name, spec in text_tasks(data).items():
         if spec.name not in (EXAMPLES if data is None else TEXT_SETS):
@@ -118,14 +125,25 @@ def _streams(data: Path | None) -> Sequence[Stream]:
         )
         short = spec.data.model_copy(update={"max_length": MAX_LENGTH})
         spec = spec.model_copy(update={"training": training, "name": name.replace("_", "-"), "data": short})
-        sides = []
-        for file, count in ((spec.data.train_file, TRAIN_ROWS), (spec.data.eval_file, TEST_ROWS)):
-            rows = list(read(spec, file, 10**6))
-            random.Random(0).shuffle(rows)
-            count = min(count, len(rows) // PORTIONS)
-            sides.append(tuple(tuple(rows[place * count : (place + 1) * count]) for place in range(PORTIONS)))
-        found.append(Stream(spec, *sides))
+        trained = _portions(spec, spec.data.train_file, TRAIN_ROWS + GATE_ROWS)
+        split = [len(rows) * TRAIN_ROWS // (TRAIN_ROWS + GATE_ROWS) for rows in trained]
+        found.append(
+            Stream(
+                spec,
+                tuple(rows[:count] for rows, count in zip(trained, split, strict=True)),
+                tuple(rows[count:] for rows, count in zip(trained, split, strict=True)),
+                _portions(spec, spec.data.eval_file, TEST_ROWS),
+            )
+        )
     return found
+
+
+def _portions(spec: TaskSpec, file: str | None, count: int) -> tuple[tuple[Row, ...], ...]:
+    """Portions of at most so many rows each, in a drawn order, the same every time."""
+    rows = list(read(spec, file, 10**6))
+    random.Random(0).shuffle(rows)
+    count = min(count, len(rows) // PORTIONS)
+    return tuple(tuple(rows[place * count : (place + 1) * count]) for place in range(PORTIONS))
 
 
 class _Bench:
@@ -147,13 +165,13 @@ class _Bench:
             print(f"  trained {spec.name} on {len(rows)} rows in {time.monotonic() - began:.0f} s", flush=True)
         return self._trained[key]
 
-    def scores(self, adapter: Adapter, stream: Stream, count: int = PORTIONS) -> list[float]:
-        """The score on the test rows of each of the first portions."""
-        return [score_adapter(self._base, adapter, rows, stream.spec).value for rows in stream.test[:count]]
+    def scores(self, adapter: Adapter, stream: Stream, portions: Sequence[Sequence[Row]]) -> list[float]:
+        """The score on the rows of each portion."""
+        return [score_adapter(self._base, adapter, rows, stream.spec).value for rows in portions]
 
     def alone(self, stream: Stream, rows: Sequence[Row]) -> Figures:
         """A training from the base model, not merged."""
-        return _figures(stream, self.scores(self.train(stream.spec, rows), stream))
+        return _figures(stream, self.scores(self.train(stream.spec, rows), stream, stream.test))
 
     def revised(self, streams: Sequence[Stream], with_gate: bool) -> list[Figures]:
         """All portions of all tasks, one after another, in one store."""
@@ -170,23 +188,23 @@ class _Bench:
                 record = self._revision(store, stream, portion, live.get(name))
                 served = store.adapter(record.revises) if record.revises else None
                 adapter = self.train(stream.spec, stream.train[portion], served)
-                before = self.scores(served, stream, portion + 1) if served is not None else []
+                seen = slice(portion + 1)
+                before = self.scores(served, stream, stream.gate[seen]) if served is not None else []
                 record = record.model_copy(update={"main_scores_of_rows": _by_rows(record, before)})
                 verdict = self._merged(store, stream, record, adapter, portion, live)
-                now = self.scores(store.adapter(record.task_id, store.state.refs["candidate"]), stream, portion + 1)
                 number = store.state.refs["candidate"]
                 if verdict and with_gate:
                     refused[name].append(f"portion {portion + 1}: {verdict}")
                     store.reject(number, verdict, op_key=f"reject:{number}", actor="benchmark")
-                    now = before
                 else:
                     store.publish(number, op_key=f"publish:{number}", actor="benchmark")
                     live[name] = record
-                first[name].append(now[portion])
+                served = store.adapter(live[name].task_id)
+                first[name] += self.scores(served, stream, stream.test[portion : portion + 1])
         rows = []
         for stream in streams:
             name = stream.spec.name
-            now = self.scores(store.adapter(live[name].task_id), stream)
+            now = self.scores(store.adapter(live[name].task_id), stream, stream.test)
             lost = statistics.fmean(then - end for then, end in zip(first[name][:-1], now[:-1], strict=True))
             rows.append(_figures(stream, now) | {"lost_since_new": lost, "refused": refused[name]})
         return rows
@@ -227,14 +245,14 @@ class _Bench:
         )
         version = store.merge([staged], op_key=f"merge:{record.task_id}", actor="benchmark")
         held = store.adapter(record.task_id, version.number)
-        scores = _by_rows(record, self.scores(held, stream, portion + 1))
+        scores = _by_rows(record, self.scores(held, stream, stream.gate[: portion + 1]))
         parts = tuple(
-            RowsScore(task_id=task_id, score=score, count=len(stream.test[0])) for task_id, score in scores.items()
+            RowsScore(task_id=task_id, score=score, count=len(stream.gate[0])) for task_id, score in scores.items()
         )
         whole = TaskScore(
             task_id=record.task_id,
             score=statistics.fmean(scores.values()),
-            count=len(parts) * len(stream.test[0]),
+            count=len(parts) * len(stream.gate[0]),
             of_rows=parts if record.revises else (),
         )
         store.record_scores(version.number, [whole], op_key=f"scores:{version.number}", actor="benchmark")

@@ -3,17 +3,19 @@
 One service goes through it all: its task database is a real Postgres, its store a real S3 server behind a proxy, its
 MLflow a server. Nothing hangs silently for longer than ten seconds, and nothing says that all is well when it is not.
 
-The table: each process is killed (SIGKILL) at a moment at which one task is in each of the four states, by `in_each`:
+The table: each process is killed (SIGKILL) at a moment at which one task is in each of four states, by `in_each`, and
+once more while a task is in the fifth, `refining`, which only the task that is judged next can be in:
 
-| killed | queued | training | merging | evaluating |
-|---|---|---|---|---|
+| killed | queued | training | merging | evaluating | refining |
+|---|---|---|---|---|---|
 | control plane, worker (a gang's supervisor), rank, store actor, raylet, GCS, Ray head, MLflow, Postgres, S3 server |
   waits for a worker | between two steps | trained, behind the version that is judged | scored, while `main` is held |
+  merged, between two steps |
 
-Afterwards each of the four is what it is without any kill: published, in one version, with the same score, and with no
-attempt more than what was killed has cost it. Kills in the middle of a merge's own writes are in test_interruptions.py
-(the store's writer) and in tests/servers/test_kills.py (the S3 server and the writer, at every write). What is marked
-`stops` takes twelve minutes more, and `make test-kills` runs it.
+Afterwards each of the five is what it is without any kill: published, in one version (refined: in one more), with the
+same score, and with no attempt more than what was killed has cost it. Kills in the middle of a merge's own writes are
+in test_interruptions.py (the store's writer) and in tests/servers/test_kills.py (the S3 server and the writer, at every
+write). What is marked `stops` takes a quarter of an hour more, and `make test-kills` runs it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import yaml
 
 from configs.task_spec import read_task_spec
 from orchestrator.api.client import Client
-from orchestrator.api.requests import Submit
+from orchestrator.api.requests import ListVersions, Submit
 from subspace_store.requests import Hold, Release
 from tests.acceptance.conftest import ONEBASIS, ROOT, Site, merged_once
 from tests.moto_server import free_port
@@ -113,10 +115,16 @@ class Matrix(Site):
             assert time.monotonic() < until, f"none of {codes} in\n{said}\n{self.log()}"
             time.sleep(0.1)
 
-    def submit(self, name: str, steps: int) -> str:
+    def submit(self, name: str, steps: int, refine_epochs: float = 0.0) -> str:
         """Submit without the wait for a command to start. Returns the task's title."""
-        self.look(Submit(task=read_task_spec(self.task_file(name, steps=steps, method={"name": "lora"}))))
+        method = {"name": "lora", "refine_epochs": refine_epochs}
+        self.look(Submit(task=read_task_spec(self.task_file(name, steps=steps, method=method))))
         return f"payments/{name}"
+
+    def step_in(self, state: str, title: str) -> int:
+        """The step at which a task is, if it is in that state."""
+        task = self.task(title)
+        return int(task["progress"].get("step", 0)) if task["state"] == state else 0
 
     def in_each(self, name: str) -> dict[str, str]:
         """Bring one task into each state, and keep `main` where it is so that they stay there: state to title."""
@@ -127,14 +135,36 @@ class Matrix(Site):
             self.wait_for_state(found[state], state)
         found["training"] = self.submit(f"training-{name}", steps=60)
         found["queued"] = self.submit(f"queued-{name}", steps=2)
-        self.wait("training", lambda: self.task(found["training"])["progress"].get("step", 0) >= 2)
+        self.wait("training", lambda: self.step_in("training", found["training"]) >= 2)
         assert [self.task(title)["state"] for title in found.values()] == [*found]
         return found
+
+    def in_refining(self, name: str) -> str:
+        """Bring a task to where it is refined. Returns its title."""
+        title = self.submit(f"refining-{name}", steps=2, refine_epochs=10)
+        self.wait("refinement steps", lambda: self.step_in("refining", title) >= 2)
+        return title
 
     def let_go(self, titles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Let `main` move, and wait until all are published: state to task."""
         Client(self.folder / ".onebasis").ask(Release())
         return {state: self.wait_for_state(title, "published", "parked") for state, title in titles.items()}
+
+    def kill(self, part: str, told: Sequence[str]) -> None:
+        """Kill a part, see that people are told of it, and bring it back."""
+        if (server := self.servers.get(part)) is not None:
+            server.kill()
+        else:
+            os.kill(self.pid(part), KILL)
+        if told:
+            said = self.alarm(*told)
+            assert "ALARM" in said or "error:" in said or "onebasis is down" in said
+            self.say("tasks", expect=None)
+        if server is not None:
+            server.start()
+        else:
+            assert "onebasis is up:" in self.say("up")  # and not `up, with 1 alarm`
+        self.wait("the alarms to end", self.is_well, 180)
 
     def is_well(self) -> bool:
         answer = self.status()
@@ -236,8 +266,15 @@ KILLS = [
 ]
 WITH_THE_HEAD = ("raylet", "gcs_server")
 """Parts of the Ray head, with which they end: by themselves they are killed by `make test-kills` alone."""
+
+
+def as_name(part: str) -> str:
+    """A part, as what a task may be called."""
+    return part.replace(" ", "-").replace("_", "-").lower()
+
+
 ROWS = [
-    pytest.param(*row, id=row[0].replace(" ", "-"), marks=[pytest.mark.stops] if row[0] in WITH_THE_HEAD else [])
+    pytest.param(*row, id=as_name(row[0]), marks=[pytest.mark.stops] if row[0] in WITH_THE_HEAD else [])
     for row in KILLS
 ]
 
@@ -256,20 +293,8 @@ def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_become
     told: tuple[str, ...],
     may_pay: tuple[tuple[int, int], ...],
 ) -> None:
-    titles = service.in_each(part.replace(" ", "-").replace("_", "-").lower())
-    if (server := service.servers.get(part)) is not None:
-        server.kill()
-    else:
-        os.kill(service.pid(part), KILL)
-    if told:
-        said = service.alarm(*told)
-        assert "ALARM" in said or "error:" in said or "onebasis is down" in said
-        service.say("tasks", expect=None)
-    if server is not None:
-        server.start()
-    else:
-        assert "onebasis is up:" in service.say("up")  # and not `up, with 1 alarm`
-    service.wait("the alarms to end", service.is_well, 180)
+    titles = service.in_each(as_name(part))
+    service.kill(part, told)
     tasks = service.let_go(titles)
     assert merged_once(service, *titles.values())
     assert service.status()["main"] == service.status()["candidate"]
@@ -277,6 +302,52 @@ def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_become
     assert paid in may_pay
     found = {state: outcome(task, paid if state == "training" else (0, 0)) for state, task in tasks.items()}
     assert found == undisturbed
+
+
+WHILE_REFINING = ("control plane", "GangActor", "StoreActor")
+"""What has a part in a refinement; the rest is killed during one by `make test-kills` alone."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed_refinement(service: Matrix) -> dict[str, Any]:
+    """What becomes of a task that is refined while nothing is killed."""
+    return refined_outcome(service, service.in_refining("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("part", "told", "may_pay"),
+    [
+        pytest.param(*row, id=as_name(row[0]), marks=[] if row[0] in WHILE_REFINING else [pytest.mark.stops])
+        for row in KILLS
+    ],
+)
+def test_what_is_killed_while_a_task_is_refined_changes_nothing_of_what_becomes_of_it(
+    service: Matrix,
+    undisturbed_refinement: dict[str, Any],
+    part: str,
+    told: tuple[str, ...],
+    may_pay: tuple[tuple[int, int], ...],
+) -> None:
+    title = service.in_refining(as_name(part))
+    service.kill(part, told)
+    service.wait_for_state(title, "published", "parked")
+    training = service.task(title)["training"]
+    paid = tuple(training[budget] for budget in BUDGETS)
+    assert paid in may_pay
+    assert refined_outcome(service, title, paid) == undisturbed_refinement
+
+
+def refined_outcome(service: Matrix, title: str, paid: Sequence[int] = (0, 0)) -> dict[str, Any]:
+    """What became of a task that was refined, with the versions that it is in."""
+    task = service.wait_for_state(title, "published", "parked")
+    versions = [version for version in service.look(ListVersions()) if version["status"] == "published"]
+    return outcome(task, paid) | {
+        "attempts": task["attempt"],  # of trainings: a refinement that goes on counts none
+        "score in main": task["main_score"],
+        "unrefined": task["training"]["unrefined"],
+        "added": [title in version["added"] for version in versions].count(True),
+        "refined": [title in version["refined"] for version in versions].count(True),
+    }
 
 
 def outcome(task: dict[str, Any], paid: Sequence[int] = (0, 0)) -> dict[str, Any]:
@@ -307,13 +378,13 @@ STOPS = [
 
 
 @pytest.mark.stops
-@pytest.mark.parametrize(("part", "told"), STOPS, ids=[part.replace(" ", "-") for part, _ in STOPS])
+@pytest.mark.parametrize(("part", "told"), STOPS, ids=[as_name(part) for part, _ in STOPS])
 def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_trains(
     service: Matrix, part: str, told: tuple[str, ...]
 ) -> None:
-    title = service.submit(f"stopped-{part.replace(' ', '-').replace('_', '-').lower()}", steps=5000)
-    service.wait("training", lambda: service.task(title)["progress"].get("step", 0) >= 2)
-    step = service.task(title)["progress"]["step"]
+    title = service.submit(f"stopped-{as_name(part)}", steps=5000)
+    service.wait("training", lambda: service.step_in("training", title) >= 2)
+    step = service.step_in("training", title)
     pid = service.pid(part)
     os.kill(pid, STOP)
     said = service.alarm(*told)
@@ -324,7 +395,7 @@ def test_a_process_that_stands_still_is_told_of_and_up_mends_it_while_a_task_tra
     assert "onebasis is up:" in said  # and not `up, with 1 alarm`
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     service.wait("the alarms to end", service.is_well, 180)
-    service.wait("the task to go on", lambda: service.task(title)["progress"].get("step", 0) > step + 2)
+    service.wait("the task to go on", lambda: service.step_in("training", title) > step + 2)
     service.run("cancel", title)
     service.wait_for_state(title, "cancelled")
 
