@@ -192,7 +192,7 @@ class Gang:
             return replace(self._progress, token=token, trouble=trouble, log_lines=lines)
 
     def cancel(self, token: str) -> bool:
-        """Stop an order between two steps; its outcome is then `Failed` with fault `cancelled`.
+        """Stop an order as its ranks stop it, all at one place; its outcome is then `Failed` with fault `cancelled`.
 
         Returns:
             False when it is done or was never given; then nothing happens.

@@ -42,6 +42,8 @@ OUTPUT_DIR = str(Path(tempfile.gettempdir()) / "onebasis-trainer")
 LOG_LINES_PER_TASK = 50
 MEAN_ROWS = 10_000
 """Labels that are enough to estimate the mean of any number of them."""
+LONG_STEP_SECONDS = 1.0
+"""Of a gang's step that is longer, every layer asks all ranks whether the outcome is still wanted."""
 SAVE_SECONDS = 300.0
 """Longest time between checkpoints: what a lost machine costs, however slow the steps are."""
 
@@ -112,7 +114,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         InvalidInput: The loss is no longer a number. Or this base model, this GPU or DeepSpeed cannot train with these
             settings.
         OutOfMemory: The message has the numbers and the settings to change.
-        Cancelled: Between two layers of a step; on several ranks, between two steps.
+        Cancelled: Between two layers of a step; on several ranks between two steps where these are short.
         Preempted: Between two steps.
     """
     group, begun, config = around.group, around.checkpoint, spec.training.deepspeed
@@ -146,7 +148,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
         )
         steps.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        with _heard_inside_a_step(model, around):
+        with _heard_inside_a_step(model, around, steps):
             _run(trainer, plan)
         if steps.ended:
             raise Cancelled if steps.ended == "cancel" else Preempted
@@ -182,16 +184,24 @@ def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
 
 
 @contextlib.contextmanager
-def _heard_inside_a_step(model: Any, around: Surroundings) -> Iterator[None]:
+def _heard_inside_a_step(model: Any, around: Surroundings, steps: _Steps) -> Iterator[None]:
     """Stop at the next layer when the outcome is no longer wanted: a step of a large model takes longer than anybody
-    waits. Not on several ranks: one that stops by itself would leave the others waiting for it in a collective."""
+    waits.
+
+    Ranks stop at the same layer: one that stopped by itself would leave the others waiting for it in a collective. They
+    ask each other in the first step and in those that follow a long one; there a message of a few bytes in each layer
+    is nothing beside the layer.
+    """
+    group = around.group
 
     def look(*_: Any) -> None:
-        if around.asked() == "cancel":
+        wanted = around.asked() == "cancel"
+        if group.rank.size > 1:
+            wanted = steps.are_long and bool(group.max([wanted])[0])
+        if wanted:
             raise Cancelled
 
-    layers = [] if around.group.rank.size > 1 else _layers(model)
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    handles = [layer.register_forward_pre_hook(look) for layer in _layers(model, group)]
     try:
         yield
     finally:
@@ -199,9 +209,17 @@ def _heard_inside_a_step(model: Any, around: Surroundings) -> Iterator[None]:
             handle.remove()
 
 
-def _layers(model: Any) -> list[Any]:
-    """The layers of a model's encoders and decoders, through which each micro-batch goes in turn."""
-    return [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+def _layers(model: Any, group: RankGroup) -> list[Any]:
+    """The layers of a model's encoders and decoders, through which each micro-batch goes in turn.
+
+    Experts inside a layer are none of them: which of those a micro-batch visits differs from rank to rank. So do the
+    layers themselves where some are left out by chance.
+    """
+    if group.rank.size > 1 and any(value for name, value in vars(model.config).items() if name.endswith("layerdrop")):
+        return []
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    outermost = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return [layer for part in outermost for layer in part]
 
 
 def _run(trainer: Any, plan: Schedule) -> None:
@@ -302,6 +320,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self.trainer: Any = None
         self.first_step_at = 0.0
         self.ended: Asked = ""
+        self.are_long = True
+        """Whether the step before took long on some rank; nobody knows it of the first."""
+        self._began_at = 0.0
         self._plan = plan
         self._training = spec.training
         self._around = around
@@ -321,6 +342,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
             state.global_step = self._around.checkpoint.step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began_at = time.monotonic()
         if not self.first_step_at:
             self.first_step_at = time.time()
             machine_figures()  # the use of the CPU is measured between two calls
@@ -331,8 +353,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         step, steps = state.global_step, self._plan.steps
         self._around.after_step(step, steps)
         wanted = ASKED.index(self._around.asked())
-        code, overdue = self._around.group.max([wanted, time.monotonic() - self._saved_at > SAVE_SECONDS])
-        asked = ASKED[int(code)]
+        now = time.monotonic()
+        code, unsaved, took = self._around.group.max([wanted, now - self._saved_at, now - self._began_at])
+        asked, overdue, self.are_long = ASKED[int(code)], unsaved > SAVE_SECONDS, took > LONG_STEP_SECONDS
         is_last = step >= steps
         seconds = max(time.time() - self.first_step_at, 1e-9)
         done = step - self._begun_at

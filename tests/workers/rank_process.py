@@ -7,6 +7,7 @@ it saw to FOLDER/<name>-<index>.json.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -21,7 +22,7 @@ from tests.workers.worker_builders import mapped_weights, sentiment_task, tiny_s
 from workers.base_model import load_base_model
 from workers.orders import Point, Progress, Rank, Train
 from workers.rank_group import listen
-from workers.trainer import Preempted
+from workers.trainer import Cancelled, Preempted
 from workers.training import train_task
 
 
@@ -32,16 +33,22 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
     storage = LocalStorage(str(folder / "store"))
     store = SubspaceReader.open(storage)
     for wanted in json.loads((folder / "orders.json").read_text()):
-        name, steps_until_preempted = wanted["name"], wanted.get("preempt_at", 0)
+        name = wanted["name"]
         points: list[Point] = []
         seen = [0]
+        layers: list[str] = []
 
         def report(progress: Progress, points: list[Point] = points, seen: list[int] = seen) -> None:
             seen[0] = progress.step
             points.extend(line for line in progress.log_lines if isinstance(line, Point))
 
-        def asked(until: int = steps_until_preempted, seen: list[int] = seen) -> Any:
-            return "preempt" if until and seen[0] + 1 >= until else ""
+        def pass_layer(module: Any, *_: Any, layers: list[str] = layers) -> None:
+            layers += [type(module).__name__] * type(module).__name__.endswith("DecoderLayer")
+
+        def asked(wanted: Any = wanted, seen: list[int] = seen, layers: list[str] = layers) -> Any:
+            if index and len(layers) >= wanted.get("cancel_at_layer", math.inf):  # rank 0 hears of it from rank 1 alone
+                return "cancel"
+            return "preempt" if seen[0] + 1 >= wanted.get("preempt_at", math.inf) else ""
 
         task = wanted.get("task", name)
         spec = sentiment_task(**wanted["spec"])
@@ -57,6 +64,7 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
         )
         port = meeting_point(folder / f"{name}.port", index)
         rank = Rank(index=index, size=size, master_address="127.0.0.1", master_port=port)
+        passed = torch.nn.modules.module.register_module_forward_hook(pass_layer)
         try:
             trained = train_task(order, base, storage, store, report, asked, rank)
             told = {
@@ -69,6 +77,10 @@ def main(index: int, size: int, folder: Path, source: str) -> None:
             }
         except Preempted:
             told = {"preempted": True}
+        except Cancelled:
+            told = {"cancelled_in_step": seen[0] + 1, "layers": len(layers)}
+        finally:
+            passed.remove()
         told["copied_kilobytes"] = sum(copied for file in mapped_weights(Path(source)).values() for _, copied in file)
         told["imported_deepspeed"] = "deepspeed" in sys.modules
         told["losses"] = [[point.step, point.loss] for point in points]

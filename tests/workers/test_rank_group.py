@@ -69,6 +69,9 @@ def gang(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
         if name in ("ddp", "zero3"):
             first = {"name": f"{name}-first", "task": f"{name}-resumed", "spec": spec}
             orders += [first | {"preempt_at": 3}, first | {"name": f"{name}-second"}]
+            # Before the others: what is left of a cancelled step would be seen in them.
+            slow = {"training": training | {"gradient_accumulation_steps": 20, "max_steps": 1}, "lora": TARGETS}
+            orders.insert(len(ANSWERS), {"name": f"{name}-cancelled", "spec": slow, "cancel_at_layer": 5})
     (folder / "orders.json").write_text(json.dumps(orders))
     command = [sys.executable, "-m", "tests.workers.rank_process"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -159,6 +162,13 @@ def test_a_preempted_gang_goes_on_bit_for_bit(name: str, gang: Path) -> None:
     again, whole = adapter(gang, f"{name}-second"), adapter(gang, name)
     for module, update in whole.modules.items():
         assert torch.equal(again.modules[module].delta(), update.delta())
+
+
+@in_processes
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_all_ranks_stop_at_one_layer_of_a_long_step_once_any_of_them_is_cancelled(name: str, gang: Path) -> None:
+    stopped = [told(gang, f"{name}-cancelled", index) for index in range(2)]
+    assert [(one["cancelled_in_step"], one["layers"]) for one in stopped] == [(1, 5), (1, 5)]
 
 
 @in_processes
