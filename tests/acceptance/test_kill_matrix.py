@@ -133,7 +133,7 @@ class Matrix(Site):
         for state in ("evaluating", "merging"):
             found[state] = self.submit(f"{state}-{name}", steps=2)
             self.wait_for_state(found[state], state)
-        found["training"] = self.submit(f"training-{name}", steps=60)
+        found["training"] = self.submit(f"training-{name}", steps=40)
         found["queued"] = self.submit(f"queued-{name}", steps=2)
         self.wait("training", lambda: self.step_in("training", found["training"]) >= 2)
         assert [self.task(title)["state"] for title in found.values()] == [*found]

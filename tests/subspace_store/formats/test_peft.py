@@ -399,11 +399,11 @@ def test_a_pattern_takes_no_time_whatever_it_says(key: str, pattern: str, tmp_pa
 
 def test_patterns_are_refused_where_there_are_too_many_to_try(tmp_path: Path) -> None:
     folder = saved(trained("bert", target_modules=["query"]), tmp_path)
-    patterns = {f"no{number}": 1 for number in range(100_000)}
+    patterns = {f"no{number}": 1 for number in range(10_000)}
     assert "query" in str(read_peft_folder(edited(folder, alpha_pattern=patterns), "base", "").modules)
-    many = from_peft_of(folder, modules=40)
+    many = from_peft_of(folder, modules=400)
     started = time.process_time()
-    with pytest.raises(InvalidInput, match="100,000 patterns in alpha_pattern for 40 modules, which takes too long"):
+    with pytest.raises(InvalidInput, match="10,000 patterns in alpha_pattern for 400 modules, which takes too long"):
         read_peft_folder(many, "base", "")
     assert time.process_time() - started < 5
 
