@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills test-web web check-deploy chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -25,6 +25,7 @@ test: $(READY)
 	@echo "         each process of a service stopped, two parts of Ray killed by themselves, all killed at once, and a store that is full, read-only, away or slow;"
 	@echo "         make test-kills runs these tests and all others that kill (some 25 minutes)"
 	@echo "         the deployment files before Helm, Kubernetes' schemas, nginx and systemd themselves; make check-deploy runs them"
+	@echo "         the resolver before vLLM's own source, 340 MB; make check-vllm fetches it and runs these tests"
 
 # Real S3 servers on loopback, killed, stopped and cut off: installs what is missing (Ceph with apt-get, ministack from
 # PyPI, s3rver from npm). ONEBASIS_S3_SERVERS=ceph,ministack names a part of them.
@@ -52,6 +53,10 @@ web:
 # missing (from PyPI, and nginx with apt-get).
 check-deploy: $(READY)
 	@$(BIN)/python -m tests.configs.deploy.outside
+
+# The resolver before vLLM's own source: fetches it once (340 MB from PyPI); its engine, which takes a GPU, is not run.
+check-vllm: $(READY)
+	@$(BIN)/python -m tests.workers.serving.vllm_server
 
 # Writes what is made of the Helm chart and of the settings' schema: after a change of either.
 chart: $(READY)
