@@ -66,8 +66,8 @@ LOAD_AGAIN_MAX_SECONDS = 240.0
 """Longest wait before a process that ended each time while it loaded is made again; the waits before it are half, a
 quarter, an eighth of it."""
 CANCEL_GRACE_SECONDS = 10.0
-"""Longest wait for a worker that was told to cancel: it looks between two layers, two batches, two tokens. A layer's work, or
-an upload to a slow storage, cannot be broken: then its process is ended, and a new one loads the base model."""
+"""Longest wait for a worker that was told to cancel: it looks between two layers, two batches, two tokens. A layer's
+work, or an upload to a slow storage, cannot be broken: then its process is ended, and a new one loads the model."""
 END_SECONDS = 20.0
 """Longest wait for an answer on how a process ended: its machine may be gone with it."""
 LOADS_KEPT = 5
