@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from subspace_store.requests import Rollback
 from tests.acceptance.conftest import Site
 from tests.moto_server import free_port
 
@@ -97,7 +98,7 @@ def moves(site: Site, port: int) -> dict[str, Any]:
         with client(site, port) as http:
             for move in range(MOVES):
                 version = 1 + move % 2
-                site.run("rollback", str(version))
+                site.look(Rollback(version=version))
                 began = time.perf_counter()
                 while ask(http, TASKS[0]) != version:
                     pass
