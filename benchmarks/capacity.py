@@ -7,6 +7,7 @@
     make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
     make bench-capacity BENCH="directions --data FOLDER"           what a basis is worth, by the tasks that made it
     make bench-capacity BENCH="forms --data FOLDER --tasks N"      other ways to keep the same tasks, and a plot
+    make bench-capacity BENCH="one --data FOLDER --tasks N"        one adapter for all of them, by every way to make it
 
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
@@ -42,7 +43,7 @@ from subspace_store.merging.basis import ModuleBasis  # noqa: E402
 from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
 from workers.methods import auto  # noqa: E402
 
-PARTS = ("random", "sharing", "unrelated", "related", "directions", "forms")
+PARTS = ("random", "sharing", "unrelated", "related", "directions", "forms", "one")
 TASKS, RANK = 120, 8
 SHARING, SEEDS, SEED_RANK = 1000, 6, 5
 SHAPES = {f"layer.{layer}.{part}": (384, 384) for layer in range(6) for part in ("query", "value")}
@@ -67,9 +68,10 @@ def main() -> None:
         found = sharing()
     elif name == "directions":
         found = real_streams.directions(asked.data, asked.keep / "related", say)
-    elif name == "forms":
+    elif name in ("forms", "one"):
         cases = tuple(real_streams.related(asked.data, asked.tasks))
-        found = forms.measure(real_streams.base_model(), cases, asked.keep / "related", say)
+        measured = forms.measure if name == "forms" else forms.one_for_all_of
+        found = measured(real_streams.base_model(), cases, asked.keep / "related", say)
     else:
         related = name == "related"
         cases = real_streams.related(asked.data, asked.tasks) if related else real_streams.unrelated(asked.data)

@@ -20,8 +20,10 @@ from benchmarks.contestants import fixed_bases
 from benchmarks.real_streams import ALL, Case, Figures
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, canonical_update
-from subspace_store.merging.variants import Variant, merge_all
+from subspace_store.merging.one_for_all import ONE_FOR_ALL
+from subspace_store.merging.variants import Variant, merge_all, one_for_all
 from workers.base_model import BaseModel
+from workers.evaluation import score_adapter
 
 RANKS = (1, 2, 4)
 """Of LoRAs that are trained so small, and of those that are truncated to it."""
@@ -33,7 +35,8 @@ RANK = 8
 """Of the one adapter for all."""
 TURNS = 5
 """Turns of the joint compression; its loss hardly changes after three."""
-ONE_FOR_ALL: tuple[Variant, ...] = ("mean", "ties")
+ONE_OF_ALL: tuple[Variant, ...] = ("mean", "ties")
+"""Of the ways to make one adapter for all, those that are drawn; `one_for_all_of` measures every one."""
 JOINT = "joint compression (P·Σ·Qᵀ)"
 
 
@@ -62,6 +65,36 @@ def measure(base: BaseModel, cases: Sequence[Case], folder: Path, say: Callable[
         of_these = sum(whole[name].parameter_count for name in small)
         add("LoRA, trained at its rank", rank, sum(a.parameter_count for a in small.values()) / of_these, small)
     return {"tasks": len(cases), "forms": found}
+
+
+def one_for_all_of(base: BaseModel, cases: Sequence[Case], folder: Path, say: Callable[[str], None]) -> Figures:
+    """Mean accuracy of the tasks where one adapter answers for all, each with its own head, by every way to make it."""
+    whole = {case.spec.name: real_streams.trained(base, case, "lora", case.train, folder, ALL) for case in cases}
+
+    def accuracy(common: Mapping[str, ModuleUpdate] | None = None, with_update: bool = True) -> list[float]:
+        own = {case: whole[case.spec.name] for case in cases}
+        held = own if common is None else {case: replace(adapter, modules=common) for case, adapter in own.items()}
+        return [
+            score_adapter(base, adapter, case.test, case.spec, with_update=with_update).value
+            for case, adapter in held.items()
+        ]
+
+    found: Figures = {"names": [case.spec.name for case in cases], "separate": accuracy()}
+    found["heads alone"] = accuracy(with_update=False)
+    for rank in (RANK, 4 * RANK):
+        for way in ONE_FOR_ALL:
+            found[f"{way}, rank {rank}"] = accuracy(one_for_all(whole, way, rank))
+            say(f"{way:16} rank {rank:3}  {statistics.fmean(found[f'{way}, rank {rank}']):.4f}")
+    means = {name: statistics.fmean(scores) for name, scores in found.items() if name != "names"}
+    return {"mean": means, "points_above_the_mean_adapter": _above_mean(means)} | found
+
+
+def _above_mean(means: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: 100 * (score - means[f"mean, rank {name.rpartition(' ')[2]}"])
+        for name, score in means.items()
+        if ", rank " in name
+    }
 
 
 def draw(found: Figures, streams: Mapping[str, Figures], path: Path) -> None:
@@ -105,7 +138,7 @@ def _merged(whole: Mapping[str, Adapter]) -> Iterator[tuple[str, int, float, Map
             name = {"paper": "Share, the paper's form", "canonical": "one basis for all, fixed size"}[variant]
             yield name, directions, merged.stored_numbers, merged.updates
         yield JOINT, directions, *_jointly(whole, directions)
-    for variant in ONE_FOR_ALL:
+    for variant in ONE_OF_ALL:
         merged = merge_all(whole, variant, SubspaceSettings(rank_fixed=RANK))
         yield f"one adapter for all: {variant}", RANK, merged.stored_numbers, merged.updates
 
