@@ -30,7 +30,9 @@ from configs.limits import read_bytes
 from configs.places import Located, located, real
 from configs.yaml_file import read_yaml
 
-Kind = Literal["sequence_classification", "sequence_regression", "causal_lm", "image_classification"]
+Kind = Literal[
+    "sequence_classification", "sequence_regression", "causal_lm", "image_classification", "image_regression"
+]
 Metric = Literal[
     "accuracy",
     "f1_macro",
@@ -38,6 +40,8 @@ Metric = Literal[
     "probability",
     "pearson",
     "spearman",
+    "pck",
+    "neg_mean_absolute_error",
     "log_likelihood",
     "exact_match",
     "rouge_l",
@@ -48,11 +52,17 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "sequence_regression": ("pearson", "spearman"),
     "causal_lm": ("log_likelihood", "exact_match", "rouge_l"),
     "image_classification": _CLASSIFICATION,
+    "image_regression": ("neg_mean_absolute_error", "pck"),
 }
 """Metrics of each kind of task, the default first. For all of them a larger value is better."""
-SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {"log_likelihood": 0.0}
+SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {
+    "log_likelihood": 0.0,
+    "neg_mean_absolute_error": 0.0,
+}
 """The score that cannot be surpassed, by metric."""
 CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
+REGRESSION_KINDS: tuple[Kind, ...] = ("sequence_regression", "image_regression")
+IMAGE_KINDS: tuple[Kind, ...] = ("image_classification", "image_regression")
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
 """Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
 
@@ -96,7 +106,8 @@ class DataSpec(Section):
     """Key of the second text, for pairs."""
     label_column: str = "label"
     """Key of the label in each row: a name from label_names, or its index from 0 where no name is a number (see
-    workers/rows/labels.py); for regression a number."""
+    workers/rows/labels.py); for sequence_regression a number; for image_regression a list of numbers, one for each of
+    label_names, or of points [x, y]."""
     prompt_column: str = "prompt"
     """Key of the prompt, the text that the model is given; for causal_lm."""
     completion_column: str = "completion"
@@ -107,11 +118,15 @@ class DataSpec(Section):
     template renders them; roles are system, user and assistant, and the last message, the assistant's, is the
     completion."""
     image_column: str = "image"
-    """Key of the image, for image_classification: H×W, H×W×1 or H×W×3 numbers from 0 to 255, or the bytes of an encoded
+    """Key of the image, for kinds of images: H×W, H×W×1 or H×W×3 numbers from 0 to 255, or the bytes of an encoded
     picture, alone or as {bytes: …}. In an .npz, image_column and label_column are names of arrays."""
     label_names: tuple[str, ...] = ()
     """The label set, in the order of the classifier's outputs. Names that are numbers are written in quotes; numbers in
-    the rows then mean these names, in every format alike."""
+    the rows then mean these names, in every format alike. For image_regression the names of a label's numbers, in their
+    order: nose_x, nose_y, …"""
+    pck_distance: float = Field(0.1, gt=0)
+    """For pck: how far from its true place a point may be said to be, in the unit of the labels. The default is a tenth
+    of the picture's side where labels are shares of it."""
     max_length: int = Field(128, ge=4, le=131072)
     """Longest input in tokens; longer rows are cut."""
     max_new_tokens: int = Field(64, ge=1, le=4096)
@@ -365,7 +380,7 @@ class TaskSpec(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> TaskSpec:
         data, method = self.data, self.method
-        needs_labels = self.kind in CLASSIFICATION_KINDS
+        least_labels = {"image_regression": 1}.get(self.kind, 2 if self.kind in CLASSIFICATION_KINDS else 0)
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
         if data.eval_is_train and not (data.train_file and data.eval_file):
@@ -383,17 +398,24 @@ class TaskSpec(Section):
                 raise ValueError("method.name 'import' has no training rows: data.eval_fraction has no meaning")
             if method.refine_epochs:
                 raise ValueError("method.name 'import' has no training rows: method.refine_epochs has no meaning")
-            if data.eval_file and needs_labels and len(data.label_names) < 2:
+            if data.eval_file and len(data.label_names) < least_labels:
                 raise ValueError("data.eval_file of an import needs data.label_names, in the order of the outputs")
         elif not data.train_file or not (data.eval_file or data.eval_fraction):
             raise ValueError(
                 f"method.name '{method.name}' needs data.train_file and data.eval_file (or data.eval_fraction)"
             )
-        elif needs_labels and len(data.label_names) < 2:
-            raise ValueError("data.label_names must list at least two labels")
-        if not needs_labels and data.label_names:
+        elif len(data.label_names) < least_labels:
+            is_one = least_labels == 1
+            what = "name each number of a label, in their order" if is_one else "list at least two labels"
+            raise ValueError(f"data.label_names must {what}")
+        if not least_labels and data.label_names:
             raise ValueError(f"kind '{self.kind}' has no data.label_names")
-        if self.kind == "sequence_regression" and self.training.label_smoothing_factor:
+        if self.metric == "pck" and len(data.label_names) % 2:
+            raise ValueError(
+                f"metric pck is about points, two numbers each, and data.label_names are {len(data.label_names)}: "
+                "leave metric out, or name both numbers of each point"
+            )
+        if self.kind in REGRESSION_KINDS and self.training.label_smoothing_factor:
             raise ValueError(
                 f"kind '{self.kind}' has no labels to smooth: training.label_smoothing_factor has no meaning"
             )

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
-from configs.task_spec import Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
 from subspace_store.adapter import Adapter
 from workers.architecture import head_layout, inside, linear_shapes, usable_positions
 from workers.heads import HeadLayout, check_head, kept_outputs, owner
@@ -221,7 +221,8 @@ class BaseModel:
         elif spec.kind != "causal_lm":
             config.id2label = dict(enumerate(spec.data.label_names))
             config.label2id = {name: index for index, name in enumerate(spec.data.label_names)}
-            config.problem_type = "single_label_classification"
+            is_class = spec.kind in CLASSIFICATION_KINDS
+            config.problem_type = "single_label_classification" if is_class else "regression"
         model = self._shell(spec.kind, config)
         found = self._found[spec.kind]
         frozen = {name: tensor for name, tensor in found.items() if not inside(name, layout.trained)}

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec
+from configs.task_spec import REGRESSION_KINDS, TaskSpec
 from subspace_store.adapter import Adapter
 from subspace_store.formats.peft import to_peft
 from subspace_store.storage.protocol import Storage
@@ -214,8 +214,9 @@ class Predictions:
 
     def take(self, chosen: Sequence[int], labels: Sequence[Any], logits_SL: Tensor) -> None:
         """Take the outputs for the rows `chosen`, whose labels are given."""
-        regression, spec = self.spec.kind == "sequence_regression", self.spec
-        answers = logits_SL.squeeze(-1) if regression else logits_SL.argmax(dim=-1)
+        regression, spec = self.spec.kind in REGRESSION_KINDS, self.spec
+        said_S = logits_SL.squeeze(-1) if spec.kind == "sequence_regression" else logits_SL
+        answers = said_S if regression else logits_SL.argmax(dim=-1)
         numbers = logits_SL.isfinite().all(dim=-1).tolist()
         for index, label, answer, is_number in zip(chosen, labels, answers.tolist(), numbers, strict=True):
             self._expected[index], self._predicted[index], self._is_number[index] = label, answer, is_number
@@ -234,6 +235,8 @@ class Predictions:
         _check_numbers(broken, len(expected), spec)
         if spec.kind == "sequence_regression":
             return lambda part: metrics.regression(expected[part], predicted[part])
+        if spec.kind == "image_regression":
+            return lambda part: metrics.vectors(expected[part], predicted[part], spec.data.pck_distance)
         labels_count = len(spec.data.label_names)
         return lambda part: metrics.classification(expected[part], predicted[part], of_right[part], labels_count)
 

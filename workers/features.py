@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.task_spec import TaskSpec
+from configs.task_spec import IMAGE_KINDS, TaskSpec
 from workers.base_model import BaseModel
 from workers.chat_template import template_of
 from workers.compatibility import check_template
@@ -29,15 +29,16 @@ def collator(base: BaseModel, spec: TaskSpec) -> Callable[[Iterable[Row]], Batch
 
     It takes rows one by one, so that of photographs only one at a time need be decoded.
 
-    Labels: class indices (int64), numbers (float32), or for causal_lm the completion's token ids, and `IGNORED` on the
-    prompt and on padding.
+    Labels: class indices (int64), numbers (float32; for image_regression a row of them for each picture), or for
+    causal_lm the completion's token ids, and `IGNORED` on the prompt and on padding.
 
     Raises:
         InvalidInput: The task has messages and the base model's tokenizer no chat template; or, from the function
             itself, a row's messages do not fit the template.
     """
-    if spec.kind == "image_classification":
-        return lambda rows: images(base.image_processor, rows)
+    if spec.kind in IMAGE_KINDS:
+        of_labels = torch.float32 if spec.kind == "image_regression" else torch.int64
+        return lambda rows: images(base.image_processor, rows, of_labels)
     tokenizer, length_max = base.tokenizer, spec.data.max_length
     if spec.kind == "causal_lm":
         check_template(spec, template_of(tokenizer) is not None)
@@ -69,14 +70,14 @@ def completions(tokenizer: Any, rows: Sequence[Any], length_max: int) -> Batch:
     return batch
 
 
-def images(processor: Any, rows: Iterable[Any]) -> Batch:
+def images(processor: Any, rows: Iterable[Any], label_type: torch.dtype = torch.int64) -> Batch:
     """Pictures as the base model's own processor makes them: resized, rescaled, normalised, channels first, float32."""
     pixels, labels = [], []
     for row in rows:
         made = processor(images=[_as_rgb(row)], input_data_format="channels_last", return_tensors="pt")
         pixels.append(made["pixel_values"])
         labels.append(row.label)
-    return {"pixel_values": torch.cat(pixels), "labels": torch.tensor(labels)}
+    return {"pixel_values": torch.cat(pixels), "labels": torch.tensor(labels, dtype=label_type)}
 
 
 def _as_rgb(row: ImageRow) -> Any:

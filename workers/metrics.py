@@ -103,6 +103,27 @@ def regression(expected: Sequence[float], predicted: Sequence[float]) -> dict[st
     }
 
 
+def vectors(
+    expected: Sequence[Sequence[float]], predicted: Sequence[Sequence[float]], pck_distance: float
+) -> dict[str, Measure]:
+    """`neg_mean_absolute_error`, over all numbers of all rows, as scikit-learn's scorer of that name has it; and, where
+    a row is an even count of numbers, `pck`: the share of its points (x, y) that are said to be no further than
+    pck_distance from where they are.
+
+    Source:
+        Y. Yang, D. Ramanan, "Articulated human detection with flexible mixtures of parts", TPAMI 2013: the percentage
+        of correct keypoints, with a distance that is the same for all rows.
+    """
+    given, said = np.asarray(expected, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    shares = -np.abs(given - said).mean(axis=1)
+    found = {"neg_mean_absolute_error": Measure(float(shares.mean()), shares)}
+    if given.shape[1] % 2 == 0:
+        away = np.linalg.norm((given - said).reshape(len(given), -1, 2), axis=2)
+        right = (away <= pck_distance).mean(axis=1)
+        found = {"pck": Measure(float(right.mean()), right)} | found
+    return found
+
+
 def likelihood(log_probabilities: Sequence[float], token_counts: Sequence[int]) -> dict[str, Measure]:
     """`log_likelihood`: the mean natural logarithm of a completion token's probability, over all rows' tokens.
 

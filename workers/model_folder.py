@@ -20,13 +20,14 @@ from transformers import (
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
-from configs.task_spec import Kind
+from configs.task_spec import IMAGE_KINDS, Kind
 from workers.architecture import position_offset
 
 AUTO_CLASSES: dict[Kind, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
     "sequence_regression": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
+    "image_regression": AutoModelForImageClassification,
     "causal_lm": AutoModelForCausalLM,  # last: it has all the parameters that the others share
 }
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
@@ -72,7 +73,7 @@ def kinds_of(config: Any, tokenizer: Any, image_processor: Any, where: str) -> t
         kind
         for kind, auto_class in AUTO_CLASSES.items()
         if type(config) in auto_class._model_mapping
-        and (image_processor if kind == "image_classification" else tokenizer) is not None
+        and (image_processor if kind in IMAGE_KINDS else tokenizer) is not None
         and not (kind == "causal_lm" and sees_ahead)
     )
     if not kinds:

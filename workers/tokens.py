@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec
+from configs.task_spec import IMAGE_KINDS, TaskSpec
 from workers.chat_template import template_of
 from workers.rows.frozen_rows import SomeRows
 from workers.rows.task_data import CompletionRow, ImageRow, Row, parts_of
@@ -77,7 +77,7 @@ def lengths(tokenizer: Any, spec: TaskSpec, rows: Sequence[Any]) -> list[Length]
     Cost:
         As tokenising the rows for training once.
     """
-    if spec.kind == "image_classification":
+    if spec.kind in IMAGE_KINDS:
         return [Length(0)] * len(rows)
     if spec.kind == "causal_lm":
         encoded = ((row, *_encode(tokenizer, row)) for row in rows)

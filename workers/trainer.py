@@ -10,7 +10,6 @@ import contextlib
 import gc
 import math
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec, TrainingSpec, zero_stage
+from configs.task_spec import REGRESSION_KINDS, TaskSpec, TrainingSpec, zero_stage
 from workers import training_state
 from workers.base_model import BaseModel
 from workers.batches import Batches, Schedule, schedule
@@ -122,7 +121,7 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # the task before may have taken more
     plan = schedule(spec.training, len(rows), group.rank, around.halvings)
-    if spec.kind == "sequence_regression":
+    if spec.kind in REGRESSION_KINDS:
         _start_at_the_mean(model, rows)
     if begun is not None:
         begun = in_steps_of(begun, spec.training, group.rank.size)
@@ -171,16 +170,18 @@ def fit(model: Any, base: BaseModel, rows: Sequence[Row], spec: TaskSpec, around
 
 
 def _start_at_the_mean(model: Any, rows: Sequence[Row]) -> None:
-    """Let a fresh regression head begin with the mean of the labels as its bias, where it has one.
+    """Let a fresh regression head begin with the mean of the labels as its bias, where it has one: of each number.
 
     Else every layer learns the mean first and the pooler's tanh is saturated by then: STS-B (0 to 5, 200 steps, r 8,
     rate 1e-3) ended at Pearson -0.19, and 0.79 with this. A head that was trained before is left as it is.
     """
     some = rows[:: max(1, len(rows) // MEAN_ROWS)]
-    mean = statistics.fmean(float(label_of(row) or 0.0) for row in some)
-    for parameter in training_state.trained_parameters(model).values():
-        if parameter.shape == (1,) and not parameter.any():
-            parameter.data.fill_(mean)
+    labels = torch.tensor([label_of(row) for row in some], dtype=torch.float64)
+    mean_L = labels.reshape(len(some), -1).mean(dim=0)
+    for name, parameter in training_state.trained_parameters(model).items():
+        is_bias = name.endswith("bias") and parameter.shape == mean_L.shape
+        if is_bias and not parameter.any():
+            parameter.data.copy_(mean_L)
 
 
 @contextlib.contextmanager

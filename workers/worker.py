@@ -25,7 +25,7 @@ import torch
 from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable, WorkersBusy
 from configs.log_lines import busy_with, warnings_told
 from configs.settings import BaseModelSettings, StorageSettings
-from configs.task_spec import CLASSIFICATION_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
+from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.storage.opening import open_storage
@@ -380,7 +380,7 @@ def _keep_features(
     """Once for each task: what later tells which task a text is for."""
     from workers.serving.routing import keep_sums
 
-    if order.spec.kind != "image_classification" and order.results_key:
+    if order.spec.kind not in IMAGE_KINDS and order.results_key:
         backbone = getattr(base.task_model(order.spec).eval(), base.prefix)
         keep(lambda: keep_sums(storage, base, backbone, order.task_id, rows))
 

@@ -143,6 +143,8 @@ def answer_json(answer: Answer | OnebasisError) -> Json:
         said: Json = {name: getattr(answer, name) for name in ("text", "tokens", "prompt_tokens", "ended")}
     elif answer.value is not None:
         said = {"value": answer.value}
+    elif answer.values is not None:
+        said = {"values": dict(answer.values)}
     else:
         said = {"label": answer.label, "probabilities": dict(answer.probabilities or {})}
     if answer.routed is not None:

@@ -108,6 +108,9 @@ def show_answers(answer: Json, rows: Sequence[Any]) -> None:
             console.print(shown(said["text"]), soft_wrap=True)
         elif "value" in said:
             console.print(f"{decimals(said['value'])}  {asked}", soft_wrap=True)
+        elif "values" in said:
+            numbers = " ".join(f"{shown(name)} {decimals(value)}" for name, value in said["values"].items())
+            console.print(f"{numbers}  {asked}", soft_wrap=True)
         else:
             likely = decimals(said["probabilities"][said["label"]], 2)
             console.print(f"{shown(said['label'])}  {likely}  {asked}", soft_wrap=True)

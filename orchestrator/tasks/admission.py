@@ -24,7 +24,7 @@ from configs import log_lines
 from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull, renamed
 from configs.places import OpenFile, OutsideError, is_below, is_in_bucket, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
-from configs.task_spec import SCORE_MAX, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, SCORE_MAX, TaskSpec
 from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.bucket_files import BucketFiles
@@ -262,7 +262,7 @@ def _cut(spec: TaskSpec, rows: FrozenTask, layout: BaseLayout) -> Iterator[str]:
     """
     from workers.tokens import evaluation_losses, training_losses, unpacked
 
-    if not layout.tokenizer or spec.kind == "image_classification":
+    if not layout.tokenizer or spec.kind in IMAGE_KINDS:
         return
     tokenizer = unpacked(layout.tokenizer)
     if rows.train:
@@ -437,11 +437,12 @@ def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str
             what = f"is '{ours}', and '{theirs}' in {published.exact_title}, whose next revision this is"
             raise InvalidInput(what, key, f"write {theirs}, or give the task another name")
     known, asked = before.data.label_names, spec.data.label_names
-    if known and asked[: len(known)] != known:
+    may_grow = spec.kind in CLASSIFICATION_KINDS  # rows with fewer numbers than outputs could not be scored
+    if known and (asked[: len(known)] if may_grow else asked) != known:
         raise InvalidInput(
             f"{published.exact_title} has {list(known)!r:.300}, and this revision {list(asked)!r:.300}",
             "data.label_names",
-            "list its labels first, in their order, and new ones after them",
+            "list its labels first, in their order, and new ones after them" if may_grow else "list the same names",
         )
     revisions = queue.revisions(published)
     _refuse_known_rows(draft, [one for one in revisions if one.came_to_something])

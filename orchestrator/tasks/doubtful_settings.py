@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from configs.document import Section
-from configs.task_spec import DataSpec, LoraSpec, TaskSpec, TrainingSpec
+from configs.task_spec import IMAGE_KINDS, DataSpec, LoraSpec, TaskSpec, TrainingSpec
 from workers.rows.task_data import columns_of
 
 LEARNING_RATES = (1e-7, 0.1)
@@ -61,8 +61,10 @@ def _unread_of_data(spec: TaskSpec) -> set[str]:
     unread = {key for key in DataSpec.model_fields if key.endswith("_column")} - columns_of(spec).keys()
     if spec.kind != "causal_lm":  # else it says how long an answer may be, whatever the score is
         unread.add("max_new_tokens")
-    if spec.kind == "image_classification":
+    if spec.kind in IMAGE_KINDS:
         unread.add("max_length")
+    if spec.kind != "image_regression":
+        unread.add("pck_distance")
     return unread
 
 

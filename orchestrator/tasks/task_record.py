@@ -15,7 +15,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from configs.document import Section
-from configs.task_spec import TaskSpec
+from configs.task_spec import REGRESSION_KINDS, TaskSpec
 from orchestrator.scheduling.reasons import WaitCode
 
 
@@ -331,7 +331,7 @@ class TaskRecord(Section):
                 f"{self.spec.metric} {score:.4f} is no better than the base model alone, which scores {base:.4f}: look "
                 "at the labels, the learning rate and the number of steps"
             )
-        is_number = self.spec.kind == "sequence_regression"
+        is_number = self.spec.kind in REGRESSION_KINDS
         answer = "the same number" if is_number else "the most frequent label of the evaluation rows"
         return (
             f"{self.spec.metric} {score:.4f} is no better than always giving {answer}, which scores {constant:.4f}: "

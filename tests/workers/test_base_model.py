@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "gpt2": (*SEQUENCE, "causal_lm"),  # tied, so that the backbone brings all of it
     "llama-lm": (*SEQUENCE, "causal_lm"),
     "llama-tied": (*SEQUENCE, "causal_lm"),
-    "vit": ("image_classification",),
+    "vit": ("image_classification", "image_regression"),
 }
 EVERY_KIND = [(architecture, kind) for architecture, kinds in KINDS.items() for kind in kinds]
 CAUSAL = task_of_kind("causal_lm")
@@ -54,7 +54,10 @@ def trained(base: BaseModel, kind: Kind, steps: int = 8, **training: Any) -> tup
     """A LoRA model after some steps on two rows, and the loss before each."""
     spec = task_of_kind(kind, lora={"r": 2, "target_modules": tuple(base.module_shapes())[:2]}, training=training)
     model, batch = lora.prepare(base, spec), inputs(base, rows=2)
-    labels: dict[Kind, Tensor] = {"sequence_regression": torch.tensor([0.5, -1.0])}
+    labels: dict[Kind, Tensor] = {
+        "sequence_regression": torch.tensor([0.5, -1.0]),
+        "image_regression": torch.tensor([[0.5, -1.0], [0.2, 0.0]]),
+    }
     if "input_ids" in batch:
         labels["causal_lm"] = batch["input_ids"]
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)

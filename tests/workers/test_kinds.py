@@ -143,6 +143,26 @@ def test_an_image_classifier_learns_what_is_bright(tmp_path: Path) -> None:
     assert results.per_row == (1.0,) * 32
 
 
+def test_an_image_regression_learns_several_numbers_of_each_picture(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_vit(tmp_path / "base", initializer_range=0.2)))
+    labels = np.array([[above / 5, below / 5] for above in range(6) for below in range(6)])
+    pictures = np.repeat(np.repeat(255 * labels[:, :, None], 8, axis=1), 16, axis=2).astype(np.uint8)
+    np.savez(tmp_path / "rows.npz", image=pictures, label=labels)
+    done, results = trained(
+        base,
+        tmp_path / "rows.npz",
+        kind="image_regression",
+        metric="pck",
+        data={"label_names": ("above", "below"), "pck_distance": 0.2},
+        training={"learning_rate": 1e-2, "max_steps": 120, "per_device_train_batch_size": 18},
+        lora={"r": 8, "target_modules": ("q_proj", "v_proj")},
+        method={"name": "lora"},
+    )
+    assert done.base_score < 0.6 < 0.9 < done.local_score == done.metrics["pck"]
+    assert -0.1 < done.metrics["neg_mean_absolute_error"] < 0
+    assert sum(results.per_row) / 36 == pytest.approx(done.local_score, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["sequence_classification", "sequence_regression", "causal_lm"])
 def test_a_base_model_in_bfloat16_is_adapted_and_scored_like_any_other(kind: str, tmp_path: Path) -> None:
     settings = tiny_settings(save_llama(tmp_path / "base", **TALK))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from workers.metrics import Measure, answers, classification, constant_score, likelihood, regression, values
+from workers.metrics import Measure, answers, classification, constant_score, likelihood, regression, values, vectors
 
 Draw = np.random.Generator
 
@@ -31,6 +31,18 @@ def test_correlations_are_what_the_hand_computes() -> None:
     # Deviations −1, 0, 1 and −11/3, −2/3, 13/3: 8 / √(2 · 98/3).
     assert measured["pearson"].value == pytest.approx(8 / (2 * 98 / 3) ** 0.5)
     assert measured["spearman"].value == pytest.approx(1.0)  # the order is the same
+
+
+def test_errors_of_points_are_what_the_hand_computes() -> None:
+    # Two points a row: in the first row one is right and one is 5 away, in the second both are 1 away, which is just
+    # near enough.
+    given, said = [[0, 0, 3, 4], [1, 1, 2, 2]], [[0, 0, 0, 0], [1, 2, 3, 2]]
+    measured = vectors(given, said, pck_distance=1.0)
+    assert measured["pck"].per_row.tolist() == [0.5, 1.0]
+    assert measured["pck"].value == 0.75
+    assert measured["neg_mean_absolute_error"].per_row.tolist() == [-7 / 4, -2 / 4]
+    assert measured["neg_mean_absolute_error"].value == -9 / 8
+    assert vectors([[1.0]], [[3.0]], 0.1).keys() == {"neg_mean_absolute_error"}  # one number is no point
 
 
 def test_log_likelihood_is_a_mean_over_tokens_and_not_over_rows() -> None:
@@ -88,13 +100,18 @@ def tokens(draw: Draw, count: int) -> dict[str, Measure]:
     return likelihood((-counts * draw.exponential(size=count)).tolist(), counts.tolist())
 
 
-@pytest.mark.parametrize("make", [labels, numbers, tokens])
+def points(draw: Draw, count: int) -> dict[str, Measure]:
+    given = draw.random((count, 4))
+    return vectors(given.tolist(), (given + 0.1 * draw.normal(size=(count, 4))).tolist(), 0.1)
+
+
+@pytest.mark.parametrize("make", [labels, numbers, tokens, points])
 def test_the_mean_of_the_shares_is_the_score(make: Callable[[Draw, int], dict[str, Measure]]) -> None:
     for measure in make(np.random.default_rng(0), 50).values():
         assert measure.per_row.mean() == pytest.approx(measure.value, abs=1e-12)
 
 
-@pytest.mark.parametrize("make", [labels, numbers, tokens])
+@pytest.mark.parametrize("make", [labels, numbers, tokens, points])
 def test_the_spread_of_the_shares_is_that_of_the_score(make: Callable[[Draw, int], dict[str, Measure]]) -> None:
     # 200 samples of 200 rows: what the scores spread, against what each sample's shares say they spread. The standard
     # deviation of 200 draws is known to 1/√400 = 5 %.

@@ -66,7 +66,7 @@ def sentiment_task(**changes: Any) -> TaskSpec:
 def task_of_kind(kind: Kind, label_names: Sequence[str] = ("a", "b"), **changes: Any) -> TaskSpec:
     """A task of which only the kind, the labels and `changes` matter; a `lora` unless they say otherwise."""
     data: dict[str, Any] = {"train_file": "-", "eval_file": "-", "max_length": 16}
-    if kind in CLASSIFICATION_KINDS:
+    if kind in (*CLASSIFICATION_KINDS, "image_regression"):
         data |= {"label_names": tuple(label_names)}
     changes = {"method": {"name": "lora"}} | changes
     return TaskSpec(team="team-a", name="any", base_model="tiny", kind=kind, data=data, **changes)

@@ -126,8 +126,10 @@ def among(report: Report, name: str, place: int, count: int) -> Report:
 
 def validation_spec(spec: TaskSpec) -> TaskSpec:
     """The task with the metric that forms are compared by: for classes the probability of the right one, for texts the
-    likelihood of the right one (written answers cost a pass for every token), else the task's own."""
-    metrics = dict.fromkeys(CLASSIFICATION_KINDS, "probability") | {"causal_lm": "log_likelihood"}
+    likelihood of the right one (written answers cost a pass for every token), for several numbers their error, which
+    moves before a point is right or wrong, else the task's own."""
+    metrics = dict.fromkeys(CLASSIFICATION_KINDS, "probability")
+    metrics |= {"causal_lm": "log_likelihood", "image_regression": "neg_mean_absolute_error"}
     return spec.model_copy(update={"metric": metrics.get(spec.kind, spec.metric)})
 
 

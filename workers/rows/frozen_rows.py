@@ -26,7 +26,7 @@ from typing import IO, Any, overload
 
 from configs.errors import Corrupt, InvalidInput, Unavailable
 from configs.places import OpenFile, open_anywhere
-from configs.task_spec import Kind, TaskSpec
+from configs.task_spec import IMAGE_KINDS, Kind, TaskSpec
 from subspace_store.storage.protocol import Storage
 from workers.metrics import CORRELATIONS, constant_score
 from workers.rows.columns import UNPACKED_BYTES_FREE, Unread, check_unpacked
@@ -312,7 +312,7 @@ class StoredRows(Rows):
         """Digest of the stored file."""
         self._columns = [batch.columns for batch in batches]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in batches))
-        makers: dict[Kind, Callable[..., Row]] = {"causal_lm": _completion, "image_classification": _image}
+        makers: dict[Kind, Callable[..., Row]] = {"causal_lm": _completion, **dict.fromkeys(IMAGE_KINDS, _image)}
         self._make = makers.get(kind, TextRow)
 
     def __len__(self) -> int:
@@ -405,7 +405,8 @@ class _Writer:
         if isinstance(label, int):
             self._labels[label] += 1
         if not self.varies and label is not None:
-            seen = struct.pack("f", label + 0.0)  # as it will be scored, in float32; and −0.0 is 0.0
+            numbers = label if isinstance(label, tuple) else (label,)
+            seen = struct.pack(f"{len(numbers)}f", *(number + 0.0 for number in numbers))  # as scored; −0.0 is 0.0
             self._first = self._first or seen
             self.varies = seen != self._first
         self._rows.append(values)
@@ -446,12 +447,13 @@ def _schema(kind: Kind) -> Any:
     import pyarrow as pa
 
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    picture = [("picture", pa.binary()), ("shape", pa.list_(pa.int32()))]  # an encoded picture has no shape
     columns: dict[Kind, list[tuple[str, Any]]] = {
         "sequence_classification": [("text", pa.string()), ("text_pair", pa.string()), ("label", pa.int64())],
         "sequence_regression": [("text", pa.string()), ("text_pair", pa.string()), ("label", pa.float64())],
         "causal_lm": [("turns", pa.list_(turn)), ("is_chat", pa.bool_())],
-        # An encoded picture has no shape.
-        "image_classification": [("picture", pa.binary()), ("shape", pa.list_(pa.int32())), ("label", pa.int64())],
+        "image_classification": [*picture, ("label", pa.int64())],
+        "image_regression": [*picture, ("label", pa.list_(pa.float64()))],
     }
     return pa.schema(columns[kind])
 
@@ -482,9 +484,10 @@ def _completion(turns: Sequence[Mapping[str, str]], is_chat: bool) -> Row:
     return CompletionRow(tuple((turn["role"], turn["content"]) for turn in turns), is_chat)
 
 
-def _image(content: bytes, shape: Sequence[int], label: int) -> Row:
+def _image(content: bytes, shape: Sequence[int], said: int | Sequence[float]) -> Row:
     import numpy as np
 
+    label = said if isinstance(said, int) else tuple(said)
     if not shape:
         return ImageRow(decode_picture(content, "a frozen row"), label, content)
     return ImageRow(np.frombuffer(content, np.uint8).reshape(shape), label)

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,10 @@ MESSAGES_MAX = 4096
 FLOAT32_MAX = 3.4e38
 
 
+Label = int | float | tuple[float, ...]
+"""An index into the task's label_names, a number, or a number for each of them."""
+
+
 @dataclass(frozen=True)
 class TextRow:
     """One text, or two, with its label."""
@@ -100,8 +105,8 @@ class ImageRow:
 
     image: NDArray[uint8]
     """H×W×C, 0 to 255; C is 1 or 3."""
-    label: int
-    """Index into the task's label_names."""
+    label: int | tuple[float, ...]
+    """Index into the task's label_names; for image_regression a finite number for each of them."""
     encoded: bytes = field(default=b"", repr=False)
     """The file that the picture was decoded from, if it came as one: kept instead of ten times as many pixels."""
 
@@ -240,7 +245,7 @@ def columns_of(spec: TaskSpec) -> Columns:
             keys = ["messages_column"]
         case "causal_lm":
             keys = ["prompt_column", "completion_column"]
-        case "image_classification":
+        case "image_classification" | "image_regression":
             keys = ["image_column", "label_column"]
         case _:
             keys = ["text_column", *(["text_pair_column"] if data.text_pair_column else []), "label_column"]
@@ -305,7 +310,7 @@ def _answer_of(row: TextRow | CompletionRow, data: DataSpec) -> tuple[str, ...]:
     return (f"{label:g}", str(label)) if isinstance(label, float) else (str(label), data.label_names[label].casefold())
 
 
-def label_of(row: Row) -> int | float | None:
+def label_of(row: Row) -> Label | None:
     """The label; None for rows that have none."""
     return None if isinstance(row, CompletionRow) else row.label
 
@@ -381,6 +386,8 @@ def _maker(spec: TaskSpec, index: LabelIndex) -> Make:
             return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
     if spec.kind == "image_classification":
         return lambda values, where: _picture(values, data, index, where)
+    if spec.kind == "image_regression":
+        return lambda values, where: _picture(values, data, partial(_numbers, len(data.label_names)), where)
     return lambda values, where: TextRow(
         *_texts(values, data, where), index(values[data.label_column], data.label_column, where)
     )
@@ -392,7 +399,8 @@ def _asker(spec: TaskSpec) -> Make:
     if spec.kind == "causal_lm" and data.messages_column:
         column = data.messages_column
         return lambda values, where: _asked_chat(values, column, where)
-    nothing: Values = {data.label_column: 0, data.completion_column: UNANSWERED}
+    none = [0.0] * len(data.label_names) if spec.kind == "image_regression" else 0
+    nothing: Values = {data.label_column: none, data.completion_column: UNANSWERED}
     make = _maker(spec, lambda *_: 0)
     return lambda values, where: make({**nothing, **values}, where)
 
@@ -435,10 +443,29 @@ def _checked_text(text: Any, name: str, where: str) -> str:
 
 
 def _number(values: Values, data: DataSpec, where: str) -> float:
-    label = values[data.label_column]
-    name = f"column '{data.label_column}'"
+    return _finite(values[data.label_column], data.label_column, where)
+
+
+def _numbers(count: int, given: Any, column: str, where: str) -> tuple[float, ...]:
+    """The numbers of a label that is a list of them, or of points."""
+    label = given.tolist() if hasattr(given, "tolist") else given
+    if is_missing(label) and not isinstance(label, list):
+        raise missing(column, where, label)
+    parts = label if isinstance(label, list) else [label]
+    flat = [number for part in parts for number in (part if isinstance(part, list) else [part])]
+    if len(flat) != count:
+        raise InvalidInput(
+            f"column '{column}' has {len(flat)} numbers, and data.label_names are {count}",
+            where,
+            "give a list with one number for each name, in their order",
+        )
+    return tuple(_finite(number, column, where) for number in flat)
+
+
+def _finite(label: Any, column: str, where: str) -> float:
+    name = f"column '{column}'"
     if is_missing(label) and not isinstance(label, float | Decimal):  # what is not a number is reported below
-        raise missing(data.label_column, where, label)
+        raise missing(column, where, label)
     if not isinstance(label, int | float | str | Decimal) or isinstance(label, bool):
         raise InvalidInput(
             f"{name} must be a number, not {type(label).__name__}", where, "write a number with a point, like 3.5"
@@ -496,7 +523,9 @@ def _other_keys(messages: Sequence[Mapping[str, Any]], column: str) -> Iterator[
         yield from (f"{column}{OF_MESSAGES}{key}" for key in sorted(others) if message[key] not in NOTHING)
 
 
-def _picture(values: Values, data: DataSpec, index: LabelIndex, where: str) -> ImageRow:
+def _picture(
+    values: Values, data: DataSpec, index: Callable[[Any, str, str], int | tuple[float, ...]], where: str
+) -> ImageRow:
     label = index(values[data.label_column], data.label_column, where)
     picture, name = values[data.image_column], f"column '{data.image_column}'"
     if isinstance(picture, dict):  # as `datasets` keeps them

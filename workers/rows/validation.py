@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from configs.task_spec import TaskSpec, zero_stage
 from workers.rows.frozen_rows import SomeRows
-from workers.rows.task_data import Row, input_digest, label_of
+from workers.rows.task_data import Label, Row, input_digest, label_of
 
 ONE_IN = 4
 """One of so many rows is set aside."""
@@ -46,7 +46,7 @@ def set_aside(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
         Reads every row once.
     """
     left: Counter[int] = Counter()
-    candidates: dict[bytes, list[tuple[int, int | float | None]]] = {}
+    candidates: dict[bytes, list[tuple[int, Label | None]]] = {}
     for place, row in enumerate(rows):
         digest, label = input_digest(row), label_of(row)
         if isinstance(label, int):

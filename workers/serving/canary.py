@@ -32,9 +32,15 @@ def is_in(key: str, share: float) -> bool:
 def agree(one: Answer, other: Answer) -> bool:
     """Whether two versions say the same of a row: the same label, the same text, or nearly the same number."""
     if one.value is not None and other.value is not None:
-        largest = max(1.0, abs(one.value), abs(other.value))
-        return math.isclose(one.value, other.value, rel_tol=0.0, abs_tol=VALUES_ALIKE * largest)
+        return _are_alike(one.value, other.value)
+    if one.values is not None and other.values is not None:
+        named = {*one.values} | {*other.values}
+        return all(_are_alike(one.values.get(n, math.nan), other.values.get(n, math.nan)) for n in named)
     return (one.label, one.text) == (other.label, other.text)
+
+
+def _are_alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=0.0, abs_tol=VALUES_ALIKE * max(1.0, abs(one), abs(other)))
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import InvalidInput
-from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, Kind, TaskSpec
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.module_names import plain
 from subspace_store.subspace_reader import SubspaceReader, TaskParts
@@ -216,6 +216,8 @@ class MixedBatch:
         if not bool(logits_L.isfinite().all()):
             raise InvalidInput("the model's output is no number", asked.task_id, "see how the task was trained")
         answer = Answer(asked.task_id, self.version)
+        if spec.kind == "image_regression":
+            return replace(answer, values=dict(zip(spec.data.label_names, logits_L.tolist(), strict=True)))
         if spec.kind not in CLASSIFICATION_KINDS:
             return replace(answer, value=float(logits_L.squeeze()))
         of_labels = dict(zip(spec.data.label_names, logits_L.softmax(dim=-1).tolist(), strict=True))
@@ -456,7 +458,7 @@ def _factors(name: str, parts: TaskParts, model: _SharedModel) -> TaskFactors:
     return TaskFactors(*(part.to(device, dtype).contiguous() for part in (e_RK, f_RK, b_RN, a_RD)))
 
 
-ROWS_OF: Mapping[Kind, type[Row]] = {"causal_lm": CompletionRow, "image_classification": ImageRow}
+ROWS_OF: Mapping[Kind, type[Row]] = {"causal_lm": CompletionRow, **dict.fromkeys(IMAGE_KINDS, ImageRow)}
 """Row that a kind is asked about; the others about a text, or two."""
 
 
@@ -477,7 +479,7 @@ def _encoded(
     """Each row as the tokenizer returns it, with its number of tokens, or a picture; and what of it is not read."""
     encoded: list[tuple[Any, int]] = [(one.row, 0) for one in asked]
     warnings = [""] * len(asked)
-    if specs[0].kind == "image_classification":
+    if specs[0].kind in IMAGE_KINDS:
         return encoded, warnings
     groups: dict[tuple[int, bool], list[int]] = {}
     for place, spec in enumerate(specs):
@@ -499,6 +501,6 @@ def _encoded(
 
 
 def _padded(base: BaseModel, encoded: Sequence[Any], kind: Kind) -> dict[str, Tensor]:
-    if kind == "image_classification":
+    if kind in IMAGE_KINDS:
         return {"pixel_values": images(base.image_processor, encoded)["pixel_values"]}
     return dict(base.tokenizer.pad(list(encoded), padding_side="right", return_tensors="pt"))

@@ -67,6 +67,8 @@ class Answer:
     """Of all labels, in the task's order."""
     value: float | None = None
     """Of a regression."""
+    values: Mapping[str, float] | None = None
+    """Of a regression of several numbers, by their names, in the task's order."""
     text: str | None = None
     """Of a language model."""
     tokens: int = 0

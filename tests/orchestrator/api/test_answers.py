@@ -81,6 +81,7 @@ def test_a_gang_does_not_answer(make_plant: Callable[..., Plant]) -> None:
     [
         (Answer("t", 1, "a", {"a": 0.75, "b": 0.25}), {"label": "a", "probabilities": {"a": 0.75, "b": 0.25}}),
         (Answer("t", 1, value=0.0), {"value": 0.0}),
+        (Answer("t", 1, values={"x": 0.0, "y": 1.5}), {"values": {"x": 0.0, "y": 1.5}}),
         (
             Answer("t", 1, text="", tokens=0, prompt_tokens=4, ended="stop", warning="cut"),
             {"text": "", "tokens": 0, "prompt_tokens": 4, "ended": "stop", "warning": "cut"},

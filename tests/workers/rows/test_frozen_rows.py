@@ -487,3 +487,12 @@ def test_a_task_of_every_kind_is_trained_and_scored_on_its_frozen_rows(
     assert (trained.steps, trained.score_count) == (3, task.evaluation.count)
     assert math.isfinite(trained.local_score)
     assert trained.local_score == trained.metrics[spec.metric]
+
+
+def test_labels_of_several_numbers_come_back_as_they_were(tmp_path: Path) -> None:
+    spec = spec_of("image_regression", label_names=("x", "y"))
+    path = written(tmp_path / "t.jsonl", *({"image": [[n]], "label": [n / 7, -n]} for n in range(4)))
+    frozen = freeze(spec, path, None)
+    assert frozen.train is not None
+    assert [row.label for row in frozen.train.rows(spec.kind)] == [(n / 7, float(-n)) for n in range(4)]
+    frozen.close()

@@ -37,6 +37,7 @@ SCORES = spec_of("sequence_regression", text_pair_column="text_b")
 PROMPTS = spec_of("causal_lm")
 CHATS = spec_of("causal_lm", messages_column="messages")
 IMAGES = spec_of("image_classification", label_names=("cat", "dog"))
+POINTS = spec_of("image_regression", label_names=("nose_x", "nose_y", "tail_x", "tail_y"))
 
 
 def one(spec: TaskSpec, **values: Any) -> Row:
@@ -308,3 +309,28 @@ def test_checking_rows_loads_nothing_heavy() -> None:
     code = f"import sys, workers.rows.task_data; print(sorted({heavy} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("label", [[0.5, 1, 2, "3"], [[0.5, 1], [2, 3]]])
+def test_a_label_of_several_numbers_is_a_list_of_them_or_of_points(label: Any) -> None:
+    row = one(POINTS, image=[[0]], label=label)
+    assert isinstance(row, ImageRow)
+    assert row.label == (0.5, 1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ([0, 1, 2], "has 3 numbers, and data.label_names are 4"),
+        (1, "has 1 numbers, and data.label_names are 4"),
+        ([0, 1, 2, 1e39], "is 1e.39"),
+        ([0, 1, 2, True], "must be a number, not bool"),
+        ([0, 1, 2, None], "label"),
+        ([0, 1, [2, [3]]], "must be a number, not list"),
+        (None, "label"),
+    ],
+)
+def test_a_label_that_is_not_one_number_for_each_name_is_refused(label: Any, said: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", {"image": [[0]], "label": label})
+    with pytest.raises(InvalidInput, match=said):
+        list(rows_in(path, POINTS))

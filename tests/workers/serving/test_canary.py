@@ -37,6 +37,9 @@ def test_what_agrees() -> None:
     assert not agree(answer(text="yes"), answer(text="yes."))
     assert agree(answer(value=100.0), answer(value=100.9))
     assert not agree(answer(value=0.5), answer(value=0.52))
+    assert agree(answer(values={"x": 1.0, "y": 100.0}), answer(values={"x": 1.0, "y": 100.9}))
+    assert not agree(answer(values={"x": 0.5, "y": 100.0}), answer(values={"x": 0.52, "y": 100.0}))
+    assert not agree(answer(values={"x": 0.5}), answer(values={"x": 0.5, "y": 0.5}))
 
 
 def test_several_replicas_are_summed_and_one_that_compares_an_older_pair_is_left_out() -> None:

@@ -234,3 +234,15 @@ def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel]) -> None
     assert 0 < batch.bytes_of_tasks <= limit
     again = [batch.answer([Asked(task, row)])[0].probabilities for task in made.specs]
     assert first == again
+
+
+def test_several_numbers_are_answered_by_their_names(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save("vit", "backbone", tmp_path)))
+    made = site(base, "image_regression", FAMILIES["vit"].targets)
+    draw = np.random.default_rng(1)
+    row = ImageRow(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8), (0.0,) * 3)
+    for task in ("renewed-0", "renewed-1"):
+        (answer,) = made.answers([(task, row)])
+        assert answer.values is not None
+        assert tuple(answer.values) == made.specs[task].data.label_names
+        assert list(answer.values.values()) == pytest.approx(made.alone(task, [row])[0].tolist(), abs=1e-5)
