@@ -277,7 +277,7 @@ def test_a_tab_that_is_looked_at_again_asks_nothing_twice(site: Site, visit: Vis
         for (let turn = 0; turn < 3; turn++) document.dispatchEvent(new Event("visibilitychange"))
         return asked
     }""")
-    assert "/whoami" in asked
+    assert "/v1/whoami" in asked
     assert len(asked) == len({*asked})
 
 
@@ -323,7 +323,7 @@ def test_a_viewer_sees_no_button_that_changes_anything_and_the_server_refuses_it
     seen |= set(ann.page.get_by_role("button").all_inner_texts())
     assert seen == {"Log out", "Compare the two that are marked"}
     for path, body in (("cancel/red/one", {}), ("rollback/1", {}), ("tokens", {"name": "x", "role": "admin"})):
-        asked = f"""fetch({json.dumps(path)}, {{method: "POST", body: {json.dumps(json.dumps(body))},
+        asked = f"""fetch("v1/" + {json.dumps(path)}, {{method: "POST", body: {json.dumps(json.dumps(body))},
             headers: {{authorization: "Bearer " + sessionStorage.getItem("onebasis-token")}}}}).then(r => r.status)"""
         assert ann.page.evaluate(asked) == 403, path
     assert site.plant.state.refs["main"] == 4
