@@ -36,7 +36,7 @@ from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.judging.gate import Decision, PairedDifference, judge, paired_difference
+from orchestrator.judging.gate import Decision, PairedDifference, compared_with, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.judging.scoring_groups import groups
 from orchestrator.pending_calls import StoreCalls, Writing
@@ -559,9 +559,7 @@ def _paired_differences(
         record = records.get(task_id)
         if cell.measured_at != version or record is None:
             continue
-        first = next(table.cells[v][task_id].measured_at for v, score in table.column(task_id) if score == score)
-        is_new = table.birth[task_id] == version  # then compared with its own adapter, before merging
-        before = record.local_results_key if is_new else results_key(task_id, first)
+        _, before = compared_with(record, table, version)
         try:
             early, late = (read_results(storage, key) for key in (before, results_key(task_id, version)))
         except (NotFound, Corrupt):

@@ -364,6 +364,23 @@ class Predictions(TypedDict):
     answers: list[Facts]
 
 
+class FileToSend(TypedDict):
+    """What a task document names that has to be sent."""
+
+    key: str
+    place: str
+    folder: str
+    """Folder of the upload that it is to be in."""
+    only: list[str]
+    """Names of the files that are read, of a folder; empty: all."""
+
+
+class ReadTaskShape(TypedDict):
+    title: str
+    task: TaskSpec
+    files: list[FileToSend]
+
+
 PieceShape = TypedDict("PieceShape", {"from": int, "is_whole": bool})
 MissingFile = TypedDict("MissingFile", {"sha256": str, "bytes": int, "from": int})
 
@@ -537,6 +554,38 @@ class TaskSize(TypedDict):
     foundation_numbers: int
     error_at_birth: float
     error: float
+
+
+class FlippedRow(TypedDict):
+    """An evaluation row, and its share in the two scores."""
+
+    row: int
+    """Its place among the task's evaluation rows, from 0."""
+    before: float
+    after: float
+    inputs: Facts | None
+    """None for pictures, and where the rows are not the compared ones any more."""
+    expected: str | None
+
+
+class FlippedShape(TypedDict):
+    base_model: str
+    task_id: str
+    title: str
+    metric: str
+    version: int
+    measured_at: int
+    """Version whose measurement counts in this one."""
+    against: int
+    """Version that it is compared with; 0: the task's own adapter, before merging."""
+    rows: int
+    worse: int
+    better: int
+    mean: float
+    low: float | None
+    high: float | None
+    """Ends of the mean's 95 % interval; None where too few rows say nothing of it."""
+    flipped: list[FlippedRow]
 
 
 class Capacity(TypedDict):
@@ -811,6 +860,7 @@ SHAPES: Mapping[type[Request], Any] = {
     requests.Status: StatusShape,
     requests.Health: HealthShape,
     requests.Submit: Accepted | Outlook,
+    requests.ReadTask: ReadTaskShape,
     requests.MissingFiles: UploadShape,
     requests.SendPiece: PieceShape,
     requests.KeepUpload: KeptUpload,
@@ -842,6 +892,7 @@ SHAPES: Mapping[type[Request], Any] = {
     store.RestoreRevision: RestoredTo,
     requests.ShowScores: Scores,
     requests.ShowMatrix: Matrix,
+    requests.ShowFlipped: FlippedShape,
     requests.ShowCapacity: Capacity,
     requests.WhoAmI: Who,
     requests.ListTokens: list[TokenRecord],
