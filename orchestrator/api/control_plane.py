@@ -304,7 +304,7 @@ class Leading:
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
         trouble = partial(ray_trouble, state_dir) if is_local else str
-        watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
+        watch = Watch(controller.alarms, controller, mirror, self._traces, trouble, gcs)
         store_and_database = Pulse(self.service.look, LOOK_EVERY_SECONDS)
         for name, run in (
             ("watch", watch.run),

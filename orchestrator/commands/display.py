@@ -95,8 +95,6 @@ def status(answer: Json) -> None:
                 soft_wrap=True,
             )
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
-    if error := answer.get("traces_error"):
-        console.print(f"  [yellow]traces wait[/yellow]: {shown(error)}", soft_wrap=True)
     if serving := answer.get("serving"):
         console.print(f"  answers  {_serving(serving)}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():

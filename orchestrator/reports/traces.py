@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import version
@@ -66,6 +67,8 @@ class Traces:
         looked."""
         self.error = ""
         """Why the last try failed, for people."""
+        self.working_since = 0.0
+        """Unix time at which the look under way began; 0 between two."""
         self._tries = 0
 
     def run(self, stop: threading.Event) -> None:
@@ -74,7 +77,7 @@ class Traces:
         while not last:
             last = stop.is_set()
             try:
-                while self.look() and not stop.is_set():
+                while self._timed_look() and not stop.is_set():
                     pass
                 self.error, self._tries = "", 0
                 stop.wait(LOOK_SECONDS)
@@ -85,6 +88,13 @@ class Traces:
                 self.error = said
                 stop.wait(RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)])
                 self._tries += 1
+
+    def _timed_look(self) -> bool:
+        self.working_since = time.time()
+        try:
+            return self.look()
+        finally:
+            self.working_since = 0.0
 
     def look(self) -> bool:
         """Tell what is new.

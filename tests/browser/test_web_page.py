@@ -41,6 +41,13 @@ def submit(site: Site, title: str) -> None:
     site.client.ask(Submit(task=TaskSpec.model_validate(site.document(title)), by="ann"))
 
 
+def keep_results(site: Site) -> None:
+    """What each row of red/alpha got, as workers keep it: right at its birth, and wrong by now."""
+    record = site.plant.get("red/alpha")
+    for version, per_row in ((1, (1,)), (4, (0,))):
+        keep(site, record, results_key(record.task_id, version), version, per_row)
+
+
 def hold_training(site: Site) -> None:
     site.plant.cluster.hold = lambda order: isinstance(order, Train)
 
@@ -179,9 +186,7 @@ def test_a_task_file_that_is_none_is_refused_with_the_words_of_the_service(site:
 
 
 def test_the_rows_that_flipped_are_shown_in_a_cell(site: Site, visit: Visits) -> None:
-    record = site.plant.get("red/alpha")
-    for version, per_row in ((1, (1,)), (4, (0,))):
-        keep(site, record, results_key(record.task_id, version), version, per_row)
+    keep_results(site)
     ann = visit()
     ann.log_in("viewer", "red")
     ann.open("Matrix")
@@ -562,6 +567,7 @@ def serious(tab: Visit) -> list[str]:
 def test_each_page_is_for_everybody_asks_nobody_else_and_is_kept_as_a_picture(
     site: Site, visit: Visits, scheme: str
 ) -> None:
+    keep_results(site)
     hold_training(site)
     for title in ("red/one", "blue/two", "red/three"):
         submit(site, title)
@@ -586,6 +592,7 @@ def test_each_page_is_for_everybody_asks_nobody_else_and_is_kept_as_a_picture(
     ann.open("Matrix")
     ann.page.get_by_role("button", name="Why red/alpha").click()
     ann.page.get_by_role("dialog").get_by_text("Verdict").wait_for()
+    ann.page.get_by_role("dialog").get_by_role("region", name="Rows that flipped").wait_for()
     ann.page.screenshot(path=kept(f"why-{scheme}"))
     assert serious(ann) == []
     assert ann.origins == {site.url}
