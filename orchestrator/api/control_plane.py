@@ -275,11 +275,17 @@ class Leading:
             name: SubspaceReader.open(place, settings=settings.subspace) for name, place in process.storages.items()
         }
         self._mirror = mirror = Mirror(settings, queue)
+        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self._controller = controller = Controller(
-            settings, queue, stores, cluster, process.identity, changed=mirror.wake
+            settings,
+            queue,
+            stores,
+            cluster,
+            process.identity,
+            changed=mirror.wake,
+            answering=lambda: self._deployment.facts(self.service.settings),
         )
         self._checker = Checker()
-        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self.service = Service(
             settings,
             queue,

@@ -79,7 +79,7 @@ class Service:
         self._sources = Sources(settings, queue, controller, cluster, alarms, stands_by)
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
-        served = Served(self._sources, deployment)
+        self._served = served = Served(self._sources, deployment)
         self.tasks = Tasks(self._sources, self._of_each, served, check)
         self.uploads = Uploads(lambda: self._sources.settings)
         self.answers = Answers(self._sources, self.versions)
@@ -209,7 +209,8 @@ class Service:
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():
-                return self.versions(request.base_model).scores(request, of_teams)
+                found = self.versions(request.base_model).scores(request, of_teams)
+                return {**found, "canary": self._served.canary(found["base_model"], of_teams)}
             case requests.ShowMatrix():
                 return self.versions(request.base_model).matrix(request, of_teams)
             case Rollback():

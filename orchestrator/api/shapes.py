@@ -228,6 +228,39 @@ class AlarmShape(TypedDict):
     base_model: NotRequired[str]
 
 
+class SideShape(TypedDict):
+    """Requests that a version answered, with times of the last ones."""
+
+    requests: int
+    p50_seconds: float | None
+    p99_seconds: float | None
+
+
+class ComparedShape(TypedDict):
+    """Requests of a task that the canary answered, rows that `main` answered too, and those that both answered
+    alike."""
+
+    requests: int
+    rows: int
+    agreed: int
+
+
+class CanaryShape(TypedDict):
+    main_version: int
+    version: int
+    main: SideShape
+    canary: SideShape
+    failed: int
+    """Requests that the canary could not answer, and `main` did."""
+    not_compared: int
+    tasks: dict[str, ComparedShape]
+
+
+class CanaryOfTask(ComparedShape):
+    version: int
+    main_version: int
+
+
 class ReplicaOfTask(TypedDict):
     """A process that answers, and which revision of the task it does by."""
 
@@ -244,6 +277,7 @@ class ServedShape(TypedDict):
     url: str
     state: str
     message: str
+    canary: CanaryOfTask | None
     replicas: list[ReplicaOfTask]
 
 
@@ -537,6 +571,8 @@ class Scores(ScoreFrame):
     matrix: list[list[ScoreCell]]
     by_version: list[MeansOfVersion]
     footprint: StoredFootprint
+    canary: CanaryShape | None
+    """How another version answers a share of what is asked; None: none does."""
 
 
 class Matrix(ScoreFrame):

@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from orchestrator.commands import moments
-from orchestrator.commands.display import Json, coloured, score_text, size_text
+from orchestrator.commands.display import Json, canary, coloured, score_text, size_text
 from subspace_store.commands.terminal import console, counted, decimals, shown
 
 WIDE = 100_000
@@ -213,6 +213,8 @@ def scores(answer: Json) -> None:
         console.print(
             f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
         )
+    if (one := answer["canary"]) is not None:
+        console.print(canary(one), soft_wrap=True)
     console.print()
     _print_figures(answer["by_version"][-1])
     _print_footprint(answer["footprint"])

@@ -23,6 +23,7 @@ const WAITS: Record<string, string> = {
   "base-model-loading": "no worker is ready",
   "about-to-start": "is about to start",
   held: "main is held",
+  canary: "its canary answers requests first",
   "storage-away": "the storage is away",
   "store-alarm": "the store takes nothing",
 }
