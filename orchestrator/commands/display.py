@@ -442,7 +442,7 @@ def task(answer: Json) -> None:
         )
     if (served := answer.get("served")) is not None:
         console.print(f"  served     {_served(served)}", soft_wrap=True)
-        if (one := served["canary"]) is not None:
+        if one := served.get("canary"):
             asked = f"version {one['version']} answered {counted(one['requests'], 'request')} of it"
             alike = f"it agreed with version {one['main_version']} on {one['agreed']} of {counted(one['rows'], 'row')}"
             console.print(f"  canary     {asked}; {alike}", soft_wrap=True)

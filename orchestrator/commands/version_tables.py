@@ -213,7 +213,7 @@ def scores(answer: Json) -> None:
         console.print(
             f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
         )
-    if (one := answer["canary"]) is not None:
+    if one := answer.get("canary"):
         console.print(canary(one), soft_wrap=True)
     console.print()
     _print_figures(answer["by_version"][-1])
