@@ -552,7 +552,7 @@ def _nothing_to_do(change: requests.Change, record: TaskRecord) -> str:
 def _wait_json(wait: Wait | None) -> Json | None:
     if wait is None:
         return None
-    told = {name: value for name, value in asdict(wait).items() if name != "is_of_service"}
+    told = {name: value for name, value in vars(wait).items() if name != "is_of_service"}
     return {**told, "who": str(wait.who)}
 
 

@@ -352,6 +352,13 @@ class TaskQueue:
                 found.update({row.task_id: record for row in rows if (record := self._try_read(row))})
         return found
 
+    def teams_of(self, task_ids: Collection[str]) -> dict[str, str]:
+        """Id to team, for those of these ids that the database knows; no record is read."""
+        with self._database.reading() as connection:
+            chosen = select(_tasks.c.task_id, _tasks.c.team)
+            found = (connection.execute(chosen.where(_tasks.c.task_id.in_(ids))) for ids in _batches(task_ids))
+            return {task_id: team for rows in found for task_id, team in rows}
+
     def changes(self, after: int) -> tuple[list[TaskRecord], int]:
         """The tasks to which something happened since an earlier answer, some of them perhaps returned before.
 
