@@ -55,7 +55,7 @@ def flipped(record: TaskRecord, table: ScoreTable, version: int, storage: Storag
         raise NotFound(what, "", "compare versions since the task's last revision")
     moves = [after - before for before, after in zip(early.per_row, late.per_row, strict=True)]
     changed = [row for row, move in enumerate(moves) if abs(move) > SAME]
-    chosen = sorted(changed, key=lambda row: -abs(moves[row]))[:limit]
+    chosen = sorted(changed, key=lambda row: (-abs(moves[row]), moves[row]))[:limit]
     said = _rows(record, late, storage) if chosen else None
     spread = paired_difference(early.per_row, late.per_row)
     return {

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pytest
+from typer.testing import CliRunner
 
 from configs.errors import InvalidInput, NotFound
 from configs.task_spec import TaskSpec
 from orchestrator.api.access import Caller, Role
 from orchestrator.api.requests import ShowFlipped, Submit
+from orchestrator.commands import display
+from orchestrator.commands.cli import app
 from orchestrator.tasks.task_record import TaskRecord, results_key
 from tests.builders import write_rows
 from tests.orchestrator.site import Site
@@ -65,6 +68,16 @@ def test_the_rows_that_flipped_are_told_with_what_they_say_the_worst_first(moved
     assert found["flipped"][0]["inputs"] == {"text": "question 1"}
     assert [one["expected"] for one in found["flipped"]] == ["yes", "yes", "no"]
     assert len(moved.client.ask(ShowFlipped(reference="red/alpha", limit=2))["flipped"]) == 2
+
+
+def test_the_command_lists_them(moved: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEBASIS_STATE_DIR", str(moved.folder))
+    monkeypatch.setattr(display.console, "width", 200)
+    said = CliRunner().invoke(app, ["flipped", "red/alpha", "--version", "2", "--limit", "2"]).output
+    assert "red/alpha under version 2, against version 1: 2 of 5 rows worse, 1 better; -0.2000 in the mean of" in said
+    rows = [line.split() for line in said.splitlines() if line.strip().endswith(("question 1", "question 3"))]
+    assert rows == [[n, "1.0000", "0.0000", "yes", "question", q] for n, q in (("2", "1"), ("4", "3"))]
+    assert "1 row that changed less" in said
 
 
 def test_in_the_version_of_its_birth_a_task_is_compared_with_its_own_adapter(moved: Site) -> None:
