@@ -167,6 +167,8 @@ class Service:
                 if (owner := other_owner(place, us)) is not None:
                     raise owned_by_another(owner, place.url, us)
             stores = {name: SubspaceReader.open(place, settings=after.subspace) for name, place in storages.items()}
+            if self._deployment is not None and _url_of(after) != _url_of(before):
+                self._deployment.check(after)  # before anything is kept: an address that is taken is refused
             if taken:
                 self._agree(after)
                 keep_settings(after, Path(after.state_dir))
@@ -179,8 +181,7 @@ class Service:
                 controller.grow(after, stores, GROW_SECONDS)
             if self._deployment is not None and (after.serving or before.serving):
                 self._deployment.follow(after)
-        url = after.serving.url if after.serving is not None else None
-        return {"taken": taken, "base_models": list(after.base_names), "serving": url}
+        return {"taken": taken, "base_models": list(after.base_names), "serving": _url_of(after)}
 
     def refuse_write(self) -> None:
         """Raise NotLeading where this control plane stands by."""
@@ -222,3 +223,8 @@ class Service:
             case ServiceRequest():
                 return request.on(self)
         raise TypeError(f"{type(request).__name__} is no request to a service")
+
+
+def _url_of(settings: Settings) -> str | None:
+    """Where what answers over HTTP is to listen; None: nothing is to."""
+    return settings.serving.url if settings.serving is not None else None

@@ -357,10 +357,11 @@ def test_it_moves_to_another_port_and_refuses_one_that_is_taken(served: Served) 
         said = served.run("serve", "--port", str(before), expect=5)
     assert f"http://127.0.0.1:{before}: something else listens there" in said
     assert served.predicted(INTENTS, TEXTS[0])["version"] == 3  # what answered before still does
+    assert served.status()["serving"]["url"] == served.url  # and a refused address is not kept
 
 
 def test_a_version_is_published_when_its_canary_has_answered_what_the_gate_asks_for(served: Served) -> None:
-    served.run("serve", "--port", str(served.port), "--canary", "candidate", "--share", "1")
+    served.run("serve", "--canary", "candidate", "--share", "1")
     settings = yaml.safe_load((served.folder / ".onebasis/settings.yaml").read_text())
     settings["gate"] |= {"canary_requests_min": 6, "canary_seconds_max": 900}
     (served.folder / "trial.yaml").write_text(yaml.safe_dump(settings))

@@ -141,9 +141,10 @@ def test_a_task_is_submitted_by_upload_goes_on_where_it_was_cut_off_and_is_watch
     form.get_by_text("The task file names train.jsonl here, and eval.jsonl is chosen").wait_for()
     form.get_by_label("Rows to train with: rows/train.jsonl").set_input_files(folder / "rows/train.jsonl")
     form.get_by_label("Rows to score with: eval.jsonl").set_input_files(folder / "eval.jsonl")
+    assert form.get_by_role("alert").count() == 0  # what was missing is chosen
     assert serious(ann) == []
     ann.page.screenshot(path=kept("submit"), full_page=True)
-    form.get_by_role("button", name="Check it alone").click()
+    form.get_by_role("button", name="Only check it").click()
     ann.page.get_by_text("It would be taken in: 600 rows to train, 2 rows to score").wait_for()
     assert [task["title"] for task in site.client.ask(ListTasks())].count("red/sent") == 0  # checked, and not taken in
     # Both files came whole, and what was cut off began again where it was.

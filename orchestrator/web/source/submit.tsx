@@ -115,9 +115,9 @@ export function Submit({ again }: Around) {
           </p>
           {!read.files.length && <p>It names no file that has to be sent.</p>}
           {read.files.map((named: Json) => <Choice key={named.key} named={named} chosen={chosen[named.key] ?? []} choose={(files) => choose(named.key, files)} />)}
-          <div class="row">
+          <div class="row" key={Object.values(chosen).flat().map((file) => file.name).join("/")}>
             <Act kind="main" does={() => submit(false)} done={(answer: Json) => (answer.is_new ? `${read.title} is submitted` : `${read.title} was submitted before: it is the same task`)}>Submit</Act>
-            <Act does={() => submit(true)} done={`${read.title} was checked, and is not taken in`}>Check it alone</Act>
+            <Act does={() => submit(true)} done={`${read.title} was checked, and is not taken in`}>Only check it</Act>
             {progress && (
               <span>
                 <progress max={Math.max(1, progress.of)} value={progress.bytes} aria-label={progress.does} /> {progress.does}: {bytes(progress.bytes)} of {bytes(progress.of)}
