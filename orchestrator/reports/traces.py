@@ -39,7 +39,8 @@ from orchestrator.tasks.trace_book import REQUESTS, TraceBook
 
 log = logging.getLogger("onebasis.traces")
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
+"""Interval at which what is new is looked for: each look is ten questions to the database, however little happened."""
 TIMEOUT_SECONDS = 10.0
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0)
 """Waits after tries that failed, one after another; the last for all further ones."""
@@ -150,10 +151,13 @@ class Traces:
 
     def _spans(self, task_ids: Iterable[str], after: int, until: int) -> list[Span]:
         records = self._queue.among(sorted(task_ids))
+        if not records:
+            return []
+        lives, orders = self._book.lives(records, until), self._queue.spent_by(records)
         return [
             span
             for task_id, record in records.items()
-            for span in spans_of(record, self._book.life(task_id, until), self._queue.spent(task_id), after)
+            for span in spans_of(record, lives[task_id], orders[task_id], after)
         ]
 
 
