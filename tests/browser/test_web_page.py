@@ -175,6 +175,32 @@ def test_a_task_is_submitted_by_upload_goes_on_where_it_was_cut_off_and_is_watch
     ]
 
 
+def test_a_page_that_is_left_sends_and_submits_nothing_more(site: Site, visit: Visits) -> None:
+    folder = site.folder / "mine"
+    for name in ("train.jsonl", "eval.jsonl"):
+        write_rows(folder / name, [{"text": f"{name} {n}", "label": LABELS[n % 2]} for n in range(4)])
+    document = task_document("red/left", data={"train_file": "train.jsonl", "eval_file": "eval.jsonl"})
+    (folder / "task.yaml").write_text(yaml.safe_dump(document))
+    ann = visit()
+    ann.log_in("submitter", "red")
+    held: list[Any] = []
+    posted: list[str] = []
+    # The first piece gets no answer. Playwright takes no bound method here.
+    ann.page.route(re.compile("/v1/uploads/red/"), lambda route: held.append(route))
+    ann.page.on("request", lambda asked: posted.append(asked.url) if asked.method == "POST" else None)
+    ann.open("Submit")
+    ann.page.get_by_label("Task file", exact=True).set_input_files(folder / "task.yaml")
+    form = ann.page.get_by_role("form", name="Submit red/left")
+    form.get_by_label("Rows to train with: train.jsonl").set_input_files(folder / "train.jsonl")
+    form.get_by_label("Rows to score with: eval.jsonl").set_input_files(folder / "eval.jsonl")
+    form.get_by_role("button", name="Submit", exact=True).click()
+    form.get_by_text("Sending train.jsonl").wait_for()
+    ann.open("Now")
+    ann.page.wait_for_timeout(1000)  # longer than it waits before it would send a piece again
+    assert len(held) == 1
+    assert [url.rpartition("/v1/")[2] for url in posted] == ["read-task", "uploads/missing"]
+
+
 def test_a_task_file_that_is_none_is_refused_with_the_words_of_the_service(site: Site, visit: Visits) -> None:
     ann = visit()
     ann.log_in("submitter", "red")
