@@ -63,8 +63,9 @@ from orchestrator.api.requests import (  # noqa: E402
 )
 from orchestrator.reports.prometheus import Meter  # noqa: E402
 from orchestrator.reports.traces import Traces  # noqa: E402
+from orchestrator.tasks.audit_log import AuditLog  # noqa: E402
 from orchestrator.tasks.task_queue import TaskQueue  # noqa: E402
-from orchestrator.tasks.trace_book import TraceBook  # noqa: E402
+from orchestrator.tasks.trace_book import REQUESTS, TraceBook  # noqa: E402
 from orchestrator.tasks.uploads import PIECE_BYTES_MAX  # noqa: E402
 from tests.acceptance.conftest import Site  # noqa: E402
 from tests.browser.install import CHROMIUM, install_playwright  # noqa: E402
@@ -402,6 +403,13 @@ def _tracing(bench: Bench, collector: Receiver) -> float:
 
 
 def _trace_to(bench: Bench, endpoint: str | None) -> None:
+    """Turn traces on from the present moment, or off: what happened while they were off is no cost of what follows."""
+    if endpoint is not None:
+        queue = TaskQueue(f"sqlite:///{bench.site.folder}/.onebasis/tasks.db")
+        book, (last, *_) = TraceBook(queue.database), AuditLog(queue.database).newest(1)
+        book.told(book.newest())
+        book.told(last.seq, REQUESTS)
+        queue.close()
     path = bench.site.folder / "settings.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"tracing": {"endpoint": endpoint}}))
     bench.site.run("reload", "--config", "settings.yaml")

@@ -308,8 +308,13 @@ class GateSettings(Section):
     it the version is not published. None: such a task is published with a warning."""
     drift_min: float = Field(1e-4, ge=0)
     """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
+    canary_requests_min: int | None = Field(None, ge=1)
+    """Requests that the canary answers by a version before it is published: of each task of which it brings a revision;
+    of all tasks together where it brings none. Needs `serving.canary` with version `candidate`. None: none."""
+    canary_seconds_max: float = Field(3600.0, gt=0)
+    """Longest wait for them, since the version was merged; then it is published without."""
     pre_publish: PrePublishSettings | None = None
-    """Who else is asked before a version is published; None: nobody."""
+    """Who else is asked before a version is published, last of all; None: nobody."""
 
 
 class FailureSettings(Section):
@@ -625,6 +630,25 @@ class Settings(Section):
         ]
         if missing:
             raise ValueError(f"production: true needs {'; '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_canary_that_is_waited_for_answers(self) -> Settings:
+        gate, canary = self.gate, self.serving.canary if self.serving is not None else None
+        if gate.canary_requests_min is None:
+            if gate.canary_seconds_max != GateSettings.model_fields["canary_seconds_max"].default:
+                raise ValueError("gate.canary_seconds_max has no meaning without gate.canary_requests_min: set both")
+        elif canary is None:
+            where = "serving" if self.serving is None else "serving.canary"
+            raise ValueError(
+                f"gate.canary_requests_min is {gate.canary_requests_min}, and nothing answers them: {where} is not "
+                "set. Set serving.canary (`onebasis serve --canary candidate`), or leave the gate's out"
+            )
+        elif canary.version != "candidate":
+            raise ValueError(
+                f"gate.canary_requests_min waits for the version that is judged, and serving.canary.version is "
+                f"{canary.version}: it has to be candidate"
+            )
         return self
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from configs.document import NAME_PATTERN, Name, Section, Title, check_document,
 from configs.errors import InvalidInput
 from configs.limits import read_bytes
 from configs.places import Located, located, real
-from configs.yaml_file import read_yaml
+from configs.yaml_file import read_yaml, yaml_of
 
 Kind = Literal[
     "sequence_classification", "sequence_regression", "causal_lm", "image_classification", "image_regression"
@@ -426,6 +426,14 @@ class TaskSpec(Section):
         return self
 
 
+FILE_KEYS: Mapping[tuple[str, str], str] = {
+    ("data", "train_file"): "train",
+    ("data", "eval_file"): "eval",
+    ("method", "adapter"): "adapter",
+}
+"""Keys that name what a task is made of, to the folder of an upload in which these files are."""
+
+
 def read_task_spec(path: Path) -> TaskSpec:
     """Read a task file and make its paths absolute, relative to the file's own folder.
 
@@ -439,6 +447,20 @@ def read_task_spec(path: Path) -> TaskSpec:
     if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
         training["deepspeed"] = _read_json(Path(real(training["deepspeed"], folder)))
     return located(check_document(values, TaskSpec, str(path), file.words), folder)
+
+
+def task_spec_of(content: bytes) -> TaskSpec:
+    """What a task file says that lies on another machine: its paths stay as they are written.
+
+    Raises:
+        InvalidInput: As `read_task_spec`; or it names a file with settings of DeepSpeed, which is not here.
+    """
+    file = yaml_of(content, "the task file")
+    training = file.values.get("training") if isinstance(file.values, dict) else None
+    if isinstance(training, dict) and isinstance(training.get("deepspeed"), str):
+        todo = "write what that file says into the task file, or submit it with `onebasis submit`"
+        raise InvalidInput("names a file, which is not sent", "training.deepspeed", todo)
+    return check_document(file.values, TaskSpec, "the task file", file.words)
 
 
 def _read_json(path: Path) -> Any:

@@ -100,8 +100,12 @@ def read_yaml(path: Path) -> YamlFile:
         InvalidInput: The file is missing, no plain file or not YAML, or it holds what no document may hold.
         TooLarge: It has too many bytes.
     """
-    where = str(path)
-    text = _decoded(read_bytes(path), where)
+    return yaml_of(read_bytes(path), str(path))
+
+
+def yaml_of(content: bytes, where: str) -> YamlFile:
+    """The same of a file's content. where: What it is called. Raises InvalidInput, as `read_yaml`."""
+    text = _decoded(content, where)
     import yaml  # not needed by a command that only asks a running service
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

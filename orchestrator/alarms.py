@@ -49,6 +49,7 @@ class AlarmCode(StrEnum):
     WORKER_SLOW = "base-model-loads-slowly"
     LOAD_FAILED = "base-model-not-loaded"
     MLFLOW_BEHIND = "mlflow-behind"
+    TRACES_BEHIND = "traces-behind"
     DATABASE_AWAY = "database-away"
     LOOP_SILENT = "loop-silent"
     STEP_FAILED = "step-failed"
@@ -70,6 +71,7 @@ NEXT_STEP: dict[AlarmCode, str] = {
     AlarmCode.WORKER_SLOW: "a large model takes minutes; else look at what the machine does, and at the worker's log",
     AlarmCode.LOAD_FAILED: "correct what it says; it is tried again every 30 s, and after `onebasis down` and `up`",
     AlarmCode.MLFLOW_BEHIND: "check mlflow.tracking_uri; the service goes on without, and tries again by itself",
+    AlarmCode.TRACES_BEHIND: "check tracing.endpoint and the collector; nothing is lost, and it is told later",
     AlarmCode.DATABASE_AWAY: "check database_url and that the database runs; it is tried again by itself",
     AlarmCode.LOOP_SILENT: "wait for what it does; `onebasis up` restarts a control plane that is stopped",
     AlarmCode.STEP_FAILED: "it is tried again by itself; report what control-plane.log says",

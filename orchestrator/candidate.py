@@ -35,8 +35,9 @@ from configs.errors import (
 from configs.log_lines import busy_with
 from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
+from orchestrator.canary_trial import LOOK_SECONDS, CanaryTrial
 from orchestrator.cluster import Call, Cluster, MachineLost
-from orchestrator.judging.gate import Decision, PairedDifference, judge, paired_difference
+from orchestrator.judging.gate import Decision, PairedDifference, compared_with, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.judging.scoring_groups import groups
 from orchestrator.pending_calls import StoreCalls, Writing
@@ -94,12 +95,14 @@ class Candidate:
         changed: Callable[[], None],
         main_moved: Callable[[], None],
         alarms: Ringing,
+        answering: Callable[[], Mapping[str, Any]],
     ) -> None:
         """
         Args:
             store: A reader; writing goes through the cluster's store actor.
             changed: Called when there is something new to report.
             main_moved: Called when `main` is at another version than a task's verdict says.
+            answering: As for the controller.
         """
         self._settings = settings
         self._queue = queue
@@ -112,6 +115,8 @@ class Candidate:
         self._changed = changed
         self._main_moved = main_moved
         self._alarms = alarms
+        self.trial = CanaryTrial(workers.base_model, answering, calls.wake)
+        """What a version that passed the gate waits for."""
         self._verdict = VerdictInProgress()
         self._refinement = Refinement(settings, queue, store, calls, workers, unused_files, self._verdict)
         self._scores_main = False
@@ -214,8 +219,9 @@ class Candidate:
         plain = False
         on_main = any(v.number == version for v in state.lineage(state.refs[MAIN]))
         if on_main or version in state.published:
-            said = self._pre_publish.told(version) if self._settings.gate.pre_publish is not None else ""
-            told = f"published in version {version}" + (f"; {said}" if said else "")
+            asked = self._pre_publish.told(version) if self._settings.gate.pre_publish is not None else ""
+            said = (f"published in version {version}", self.trial.told(version), asked)
+            told = "; ".join(filter(None, said))
             self._apply(ids, Judged(True, told, time.time()))
             if not on_main:
                 # Rolled back before this was seen: the tasks are parked like all that vanish, not merged again.
@@ -274,11 +280,17 @@ class Candidate:
                 self._reject(version, decision.summary, culprits, decision.codes)
 
     def _publish(self, version: int, table: ScoreTable, decision: Decision) -> None:
-        """Publish a version that passed, unless the settings name somebody who refuses, or has not answered yet."""
+        """Publish a version that passed, once its canary has answered enough, unless the settings name somebody who
+        refuses, or has not answered yet."""
+        made = self._store.state.versions[version]
+        revised = tuple(task.name for task in made.added if task.replaces)
+        if not self.trial.is_over(version, revised, made.created_at, self._settings.gate):
+            self._calls.later("canary", LOOK_SECONDS)
+            return
         settings = self._settings.gate.pre_publish
         if settings is not None:
             main, records = self._store.state.refs[MAIN], self._verdict.records
-            question = partial(question_of, version, main, table, records, decision)
+            question = partial(question_of, version, main, table, records, decision, self.trial.figures(version))
             found = self._pre_publish.verdict(version, settings, question)
             if found is None:
                 self._calls.later("pre_publish", settings.timeout_seconds + 2 * GRACE_SECONDS)
@@ -559,9 +571,7 @@ def _paired_differences(
         record = records.get(task_id)
         if cell.measured_at != version or record is None:
             continue
-        first = next(table.cells[v][task_id].measured_at for v, score in table.column(task_id) if score == score)
-        is_new = table.birth[task_id] == version  # then compared with its own adapter, before merging
-        before = record.local_results_key if is_new else results_key(task_id, first)
+        _, before = compared_with(record, table, version)
         try:
             early, late = (read_results(storage, key) for key in (before, results_key(task_id, version)))
         except (NotFound, Corrupt):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from configs.errors import InvalidInput, NotLeading, OnebasisError, Unavailable
 from configs.log_lines import busy_with
@@ -99,6 +100,7 @@ class Controller:
         service: Identity | None = None,
         changed: Callable[[], None] = lambda: None,
         alarms: Alarms | None = None,
+        answering: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         """
         Args:
@@ -106,6 +108,7 @@ class Controller:
             service: Identity of this service; None where the stores have no owner.
             changed: Called when there is something new to report.
             alarms: The service's alarms; default: its own.
+            answering: What answers over HTTP, as `Deployment.facts` says it; may wait, and raise anything.
         """
         self.alarms = Alarms() if alarms is None else alarms
         self._settings = settings
@@ -113,6 +116,7 @@ class Controller:
         self._cluster = cluster
         self._service = service
         self._changed = changed
+        self._answering = answering
         self._pending_calls = PendingCalls(cluster)
         self._pool = WorkerPool(cluster, self._pending_calls, queue, settings, self.alarms)
         self.subspaces: dict[str, Subspace] = {}
@@ -154,6 +158,7 @@ class Controller:
                 self.alarms,
                 self._service,
                 self._changed,
+                self._answering,
             )
             for name, store in stores.items()
         }

@@ -115,9 +115,15 @@ class _Asking:
 
 
 def question_of(
-    version: int, main: int, table: ScoreTable, records: Mapping[str, TaskRecord], decision: Decision
+    version: int,
+    main: int,
+    table: ScoreTable,
+    records: Mapping[str, TaskRecord],
+    decision: Decision,
+    canary: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What is handed over: the version, the gate's verdict, and the tasks with their scores. null: not measured."""
+    """What is handed over: the version, the gate's verdict, how its canary has answered, and the tasks with their
+    scores. null: not measured."""
     tasks = []
     for task_id in table.tasks:
         cell, record = table.cells[version].get(task_id), records.get(task_id)
@@ -136,7 +142,7 @@ def question_of(
             }
         )
     verdict = {"passed": decision.passed, "reason": decision.summary}
-    return {"version": version, "main": main, "verdict": verdict, "tasks": tasks}
+    return {"version": version, "main": main, "verdict": verdict, "canary": canary, "tasks": tasks}
 
 
 def answer(settings: PrePublishSettings, question_id: str, document: dict[str, Any]) -> Verdict:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from configs.errors import Corrupt, DatabaseAway, OnebasisError, OwnedByAnother, Unavailable
 from configs.settings import Settings
@@ -50,6 +51,7 @@ class Subspace:
         alarms: Alarms,
         service: Identity | None,
         changed: Callable[[], None],
+        answering: Callable[[], Mapping[str, Any]],
     ) -> None:
         """
         Args:
@@ -57,6 +59,7 @@ class Subspace:
             store: A reader; writing goes through the cluster's store actor.
             service: Identity of this service; None where the store has no owner.
             changed: Called when there is something new to report.
+            answering: As for the controller.
         """
         self.name = name
         self.store = store
@@ -81,6 +84,7 @@ class Subspace:
             changed,
             self._look_at_main,
             self.alarms,
+            answering,
         )
         self.writer = StoreWriter(cluster, self.calls, self.alarms, _lease_seconds(settings), self.candidate.stop)
         self._main_followed = -1

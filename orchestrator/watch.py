@@ -14,7 +14,7 @@ Which process watches which:
 | store's writer | an answer to `sign` | `store_writer.SILENT_SECONDS`; the lease | the loop | the same; `up` |
 | store, database | a read that is answered | `latest.LOOK_SECONDS` | `Service.look` | themselves |
 | store that is slow | how long a record took to write | `candidate.SLOW_SECONDS` | the loop | itself |
-| MLflow mirror | no error, and a round that ends | at once; `MIRROR_SECONDS` | here | itself |
+| MLflow mirror, traces | no error, and a round that ends | at once; `MIRROR_SECONDS` | here | themselves |
 
 `up` looks at all of them by itself, ends what stands still, and starts what is missing. What a task has reached is in
 its record and its checkpoints, not in a process.
@@ -37,7 +37,8 @@ SILENT_SECONDS = 8.0
 """Longest silence before an alarm: a turn of the loop, or a call to the GCS, takes milliseconds. People are told within
 ten seconds."""
 MIRROR_SECONDS = 120.0
-"""Longest round of the MLflow mirror: a first one over a thousand tasks takes half of it."""
+"""Longest round of the MLflow mirror: a first one over a thousand tasks takes half of it; and longest time for what the
+traces tell with one message."""
 
 
 class Loop(Protocol):
@@ -49,7 +50,7 @@ class Loop(Protocol):
 
 
 class Mirror(Protocol):
-    """The part of the MLflow mirror that the watch reads."""
+    """The part of the MLflow mirror, and of the traces, that the watch reads."""
 
     error: str
     working_since: float
@@ -93,11 +94,17 @@ class Watch:
     """
 
     def __init__(
-        self, alarms: Alarms, loop: Loop, mirror: Mirror, ray_trouble: Callable[[], str], gcs: Pulse | None
+        self,
+        alarms: Alarms,
+        loop: Loop,
+        mirror: Mirror,
+        traces: Mirror,
+        ray_trouble: Callable[[], str],
+        gcs: Pulse | None,
     ) -> None:
         self._alarms = alarms
         self._loop = loop
-        self._mirror = mirror
+        self._mirrors = (("MLflow", AlarmCode.MLFLOW_BEHIND, mirror), ("traces", AlarmCode.TRACES_BEHIND, traces))
         self._ray_trouble = ray_trouble
         self._gcs = gcs
 
@@ -118,7 +125,8 @@ class Watch:
         late = waited > SILENT_SECONDS and not trouble
         what = f"the control plane's loop stands still while it is {self._loop.doing}" if late else ""
         self._set(AlarmCode.LOOP_SILENT, "loop", what)
-        self._set(AlarmCode.MLFLOW_BEHIND, "MLflow", self._mirror_trouble(now))
+        for about, code, mirror in self._mirrors:
+            self._set(code, about, _trouble_of(mirror, "MLflow does" if about == "MLflow" else "the traces do", now))
 
     def _gcs_trouble(self) -> str:
         if self._gcs is None:
@@ -127,14 +135,16 @@ class Watch:
             return "its GCS does not answer"
         return f"its GCS answers with an error: {self._gcs.error}" if self._gcs.error else ""
 
-    def _mirror_trouble(self, now: float) -> str:
-        if self._mirror.error:
-            return f"MLflow does not show everything: {self._mirror.error}"
-        since = self._mirror.working_since
-        return "MLflow has not taken what there is" if since and now - since > MIRROR_SECONDS else ""
-
     def _set(self, code: AlarmCode, about: str, what: str) -> None:
         if what:
             self._alarms.ring(code, about, what)
         else:
             self._alarms.end(code, about)
+
+
+def _trouble_of(mirror: Mirror, does: str, now: float) -> str:
+    """does: `MLflow does`."""
+    if mirror.error:
+        return f"{does} not show everything: {mirror.error}"
+    since = mirror.working_since
+    return f"{does} not take what there is" if since and now - since > MIRROR_SECONDS else ""

@@ -275,11 +275,17 @@ class Leading:
             name: SubspaceReader.open(place, settings=settings.subspace) for name, place in process.storages.items()
         }
         self._mirror = mirror = Mirror(settings, queue)
+        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self._controller = controller = Controller(
-            settings, queue, stores, cluster, process.identity, changed=mirror.wake
+            settings,
+            queue,
+            stores,
+            cluster,
+            process.identity,
+            changed=mirror.wake,
+            answering=lambda: self._deployment.facts(self.service.settings),
         )
         self._checker = Checker()
-        self._deployment = Deployment(namespace(settings.storage, process.identity), process.token, process.url)
         self.service = Service(
             settings,
             queue,
@@ -304,7 +310,7 @@ class Leading:
         is_local = settings.ray.address == "local"
         gcs = Pulse(cluster.probe)
         trouble = partial(ray_trouble, state_dir) if is_local else str
-        watch = Watch(controller.alarms, controller, mirror, trouble, gcs)
+        watch = Watch(controller.alarms, controller, mirror, self._traces, trouble, gcs)
         store_and_database = Pulse(self.service.look, LOOK_EVERY_SECONDS)
         for name, run in (
             ("watch", watch.run),

@@ -134,39 +134,39 @@ class Guard:
 
     def _permitted(self, route: Route, request: Request, caller: Caller) -> Request:
         """The request as it is carried out. Raises what refuses it."""
-        request = self._named(route, request, caller)
-        teams = self._teams_of(route, request, caller)
+        request, named = self._named(request, caller)
+        teams = self._teams_of(route, request, caller, named)
         check_role(caller, route.name, route.role, route.about, teams)
         does = "retry" if getattr(request, "change", "") == "retry" else route.name
         check_main(caller, does, self._service.settings.main, teams, holds=bool(getattr(request, "hold", False)))
         actor = "actor" if "actor" in type(request).model_fields else "by"
         return request.model_copy(update={actor: caller.name}) if actor in type(request).model_fields else request
 
-    def _named(self, route: Route, request: Request, caller: Caller) -> Request:
-        """The request with the tasks that it names by id, as the caller sees them: no other task can be meant."""
+    def _named(self, request: Request, caller: Caller) -> tuple[Request, str]:
+        """The request with the task that it names by id, as the caller sees it, so that no other one can be meant; and
+        that task's team, empty where it names none, or where the caller sees all."""
         teams = caller.teams
         if teams is None:
-            return request
+            return request, ""
         match request:
             case requests.Submit() if refusal := after_another_team(caller, request.task.after):
                 raise refusal
             case requests.Export() | requests.Predict():
                 # Of several revisions of a name the version has one, so the name stays as it is.
                 found = self._service.sources.queue.find(request.reference, teams)
-                return request if "/" in request.reference else _of_task(request, found.task_id)
+                return request if "/" in request.reference else _of_task(request, found.task_id), found.team
         reference = getattr(request, "reference", None)
         if reference is None:
-            return request
-        return _of_task(request, self._service.sources.queue.find(reference, teams).task_id)
+            return request, ""
+        found = self._service.sources.queue.find(reference, teams)
+        return _of_task(request, found.task_id), found.team
 
-    def _teams_of(self, route: Route, request: Request, caller: Caller) -> Collection[str]:
-        """The teams that a request is about, where that is to be known."""
+    def _teams_of(self, route: Route, request: Request, caller: Caller, named: str) -> Collection[str]:
+        """The teams that a request is about, where that is to be known. named: Team of the task that it names."""
         reference = getattr(request, "reference", None)
         if route.about is About.TASK or (route.about in (About.TEAM, About.OWN_TEAMS) and reference is not None):
             # Whoever sees all teams may name what the database lost; nobody else comes here with it.
-            if caller.teams is None:
-                return (EVERY_TEAM,)
-            return (self._service.sources.queue.find(str(reference), caller.teams).team,)
+            return (EVERY_TEAM,) if caller.teams is None else (named,)
         if route.about is About.MERGED:
             return self._teams_of_merged(request, caller)
         if route.about in (About.TEAM, About.OWN_TEAMS):
@@ -193,7 +193,7 @@ class Guard:
 
     def _teams_of_ids(self, task_ids: Collection[str]) -> dict[str, str]:
         """Id to team, of those tasks that the database or the store knows."""
-        found = {task_id: record.team for task_id, record in self._service.sources.queue.among(task_ids).items()}
+        found = self._service.sources.queue.teams_of(task_ids)
         if missing := set(task_ids) - found.keys():
             titles = self._service.titles()
             found |= {task_id: titles[task_id].partition("/")[0] for task_id in missing & titles.keys()}

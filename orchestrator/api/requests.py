@@ -34,6 +34,8 @@ EVENTS = 1000
 """The same of events."""
 MOVES = 20
 """Number of moves of a branch that are listed unless more are asked for."""
+FLIPPED, FLIPPED_MAX = 50, 1000
+"""Rows that flipped: listed unless more are asked for, and at most."""
 PREDICTIONS_MAX = 256
 """Most rows of one request to be answered: a worker is kept from other work for so long."""
 
@@ -114,6 +116,18 @@ class Submit(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.tasks.submit(self)
+
+
+class ReadTask(ServiceRequest[Json]):
+    """What a task file says, read as `onebasis submit` reads it, and which files have to be sent with it. For programs
+    that read no YAML, such as a browser's page. Takes nothing in."""
+
+    lines: Annotated[tuple[str, ...], Field(min_length=1, description="the lines of a task file")]
+
+    def on(self, service: Service) -> Json:
+        from orchestrator.api.sent_tasks import read_task
+
+        return read_task(self.lines)
 
 
 class MissingFiles(ServiceRequest[Json]):
@@ -473,6 +487,21 @@ class ShowMatrix(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).matrix(self)
+
+
+class ShowFlipped(ServiceRequest[Json]):
+    """The evaluation rows of a task that a version answers otherwise than at the task's birth; of the version that it
+    was born in, otherwise than its own adapter did. Those that changed most, the worst first."""
+
+    reference: Reference
+    version: VersionNumber | None = None
+    """Default: what `main` holds."""
+    limit: Annotated[int, Field(ge=1, le=FLIPPED_MAX)] = FLIPPED
+    """Rows in the answer, at most."""
+
+    def on(self, service: Service) -> Json:
+        record = service.sources.queue.find(self.reference)
+        return service.versions(record.base_model).flipped(record, self.version, self.limit)
 
 
 class ShowSettings(ServiceRequest[Json]):

@@ -54,7 +54,7 @@ class Route:
         return tuple(re.findall(r"{(\w+)", self.path))
 
 
-_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.Which, requests.MissingFiles)
+_TOO_LONG_FOR_A_QUERY = (requests.Predict, requests.Which, requests.ReadTask, requests.MissingFiles)
 """What changes nothing, and is a POST all the same."""
 
 ROUTES: tuple[Route, ...] = (
@@ -62,6 +62,7 @@ ROUTES: tuple[Route, ...] = (
     Route("health", "GET", "/health", Role.VIEWER, About.SERVICE, requests.Health),
     Route("metrics", "GET", "/metrics", Role.VIEWER, About.EVERYTHING, requests.Metrics),
     Route("submit", "POST", "/tasks", Role.SUBMITTER, About.TEAM, requests.Submit),
+    Route("read-task", "POST", "/read-task", Role.SUBMITTER, About.SERVICE, requests.ReadTask),
     Route("missing-files", "POST", "/uploads/missing", Role.SUBMITTER, About.TEAM, requests.MissingFiles),
     Route("send-piece", "PUT", "/uploads/{team}/{sha256}", Role.SUBMITTER, About.TEAM, requests.SendPiece),
     Route("upload", "POST", "/uploads", Role.SUBMITTER, About.TEAM, requests.KeepUpload),
@@ -99,6 +100,7 @@ ROUTES: tuple[Route, ...] = (
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, About.TASK, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, About.SERVICE, requests.ShowScores),
     Route("matrix", "GET", "/matrix", Role.VIEWER, About.SERVICE, requests.ShowMatrix),
+    Route("flipped", "GET", "/flipped/{reference:path}", Role.VIEWER, About.TASK, requests.ShowFlipped),
     Route("capacity", "GET", "/capacity", Role.VIEWER, About.SERVICE, requests.ShowCapacity),
     Route("tag", "POST", "/store/tag", Role.MAINTAINER, About.SERVICE, store.Tag),
     Route("hold", "POST", "/store/hold", Role.MAINTAINER, About.SERVICE, store.Hold),

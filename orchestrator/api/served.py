@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from configs.errors import OnebasisError
@@ -39,6 +39,21 @@ class Served:
             told = error.what if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
             return {"url": serving.url, "state": "unknown", "message": told, "base_models": {}}
 
+    def canary(self, base_model: str, of_teams: Collection[str] | None = None) -> Json | None:
+        """How another version answered its share of the requests, beside `main`'s; None where none does.
+
+        Args:
+            of_teams: Teams whose tasks are told; None: all.
+        """
+        serving = self._sources.settings.serving
+        if serving is None or serving.canary is None:
+            return None
+        found: Json | None = self.now().get("canary", {}).get(base_model)
+        if found is None or of_teams is None:
+            return found
+        tasks = {title: one for title, one in found["tasks"].items() if title.partition("/")[0] in of_teams}
+        return {**found, "tasks": tasks}
+
     def of(self, record: TaskRecord, log: Callable[[], SubspaceState | None]) -> Json | None:
         """What callers get who ask for a task by its name; None where nothing answers over HTTP.
 
@@ -56,6 +71,7 @@ class Served:
             "url": found["url"],
             "state": found["state"],
             "message": found.get("message", ""),
+            "canary": _of_task(self.canary(record.base_model), record.title),
             "replicas": [
                 {
                     "pid": said["pid"],
@@ -67,6 +83,13 @@ class Served:
                 for said in replicas
             ],
         }
+
+
+def _of_task(canary: Json | None, title: str) -> Json | None:
+    if canary is None:
+        return None
+    counted = canary["tasks"].get(title, {"requests": 0, "rows": 0, "agreed": 0})
+    return {"version": canary["version"], "main_version": canary["main_version"], **counted}
 
 
 def _held_id(state: SubspaceState | None, title: str, version: int) -> str | None:

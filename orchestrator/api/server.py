@@ -9,47 +9,36 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
-import json
 import logging
-import math
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
-from uuid import uuid4
 
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configs.document import Request as Document
-from configs.errors import (
-    InvalidInput,
-    NotFound,
-    OnebasisError,
-    TooLarge,
-    TooManyRequests,
-    Unavailable,
-    UnknownToken,
-)
+from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short, short_text
-from configs.log_lines import TRACEPARENT, busy_with, write_to
+from configs.log_lines import busy_with, write_to
 from configs.settings import TlsSettings, read_settings
 from orchestrator.api import requests
 from orchestrator.api.callers import Callers
 from orchestrator.api.calls import OPENAPI_PATH
+from orchestrator.api.entrance import FILES_PATH, LOOKUPS_AT_ONCE, PAGE_PATH, AsciiJson, Entrance, Problem
 from orchestrator.api.exchange import ALIVE_PATH, EVENT_STREAM
 from orchestrator.api.feed import Feed, Interest
 from orchestrator.api.guard import Guard
@@ -66,8 +55,6 @@ from subspace_store.commands.state_folder import LOCK_FILE, SETTINGS_FILE, open_
 log = logging.getLogger("onebasis.server")
 requested = logging.getLogger("onebasis.requests")
 
-PAGE_PATH, FILES_PATH = "/", "/web/"
-"""Where the web page is, and below which its files are: both are sent to everybody."""
 STOP_SECONDS = 10
 """Longest wait at the end for requests that are not answered yet."""
 
@@ -89,13 +76,6 @@ READS_FOR_STREAMS = 4
 """Reads of the database for streams, at the same time."""
 TAKE_SECONDS = 60.0
 """How long a client may take nothing of what is sent to it before it is cut off."""
-LOOKUPS_AT_ONCE = 16
-"""Tokens that are looked up at the same time: each is one read of the database."""
-PROBLEM = "urn:onebasis:problem:"
-"""What the types of errors begin with; their codes follow, as docs/trouble.md has them."""
-REQUEST_ID = "X-Request-Id"
-"""Header with the id of a request: who asks may choose it, the answer has it, and so have log lines and the audit
-log."""
 KEY_MAX = 200
 """Characters of an idempotency key."""
 CONNECTIONS_MAX = 500
@@ -104,32 +84,6 @@ CONNECTIONS_MAX = 500
 
 FOLDER_SECONDS = 1.0
 """Interval at which the control plane looks whether its state folder is there."""
-
-
-class AsciiJson(JSONResponse):
-    """An answer all in ASCII: a file's name may hold what no UTF-8 can say (half of a character), as \\udc80."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-class Problem(AsciiJson):
-    """An error in the form of RFC 9457: its type is that of the error's class, and beside the fields that all problems
-    have it has those of our errors."""
-
-    media_type = "application/problem+json"
-
-    def __init__(
-        self,
-        request: Request,
-        error: OnebasisError,
-        status: int | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        code, request_id = status or error.http_status, request.state.request_id
-        about = {"type": f"{PROBLEM}{error.row}", "title": error.title, "status": code, "detail": error.sentence}
-        facts = {**about, **error.as_dict(), "request_id": request_id}
-        super().__init__(facts, code, {**(headers or {}), REQUEST_ID: request_id})
 
 
 def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
@@ -145,39 +99,12 @@ def api(guard: Callable[[], Guard], callers: Callers) -> FastAPI:
         guard, lambda work: to_thread.run_sync(work, limiter=streams), lambda: app.state.is_ending()
     )
 
-    lookups, meter = CapacityLimiter(LOOKUPS_AT_ONCE), prometheus.Meter()
-
-    @app.middleware("http")
-    async def authenticate(request: Request, call_next: Any) -> Any:
-        request.state.request_id = request_id = _request_id(request)
-        if request.url.path in (ALIVE_PATH, PAGE_PATH) or request.url.path.startswith(FILES_PATH):
-            return await call_next(request)
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        secret = request.state.secret = given if scheme.lower() == "bearer" else ""
-        try:
-            caller = callers.of_owner(secret) or await to_thread.run_sync(callers.of, secret, limiter=lookups)
-        except OnebasisError as error:
-            return report(request, error)
-        request.state.caller = caller
-        began = time.perf_counter()
-        with busy_with(request_id=request_id, traceparent=_traceparent(request)):
-            answer = await call_next(request)
-            seconds, route = time.perf_counter() - began, getattr(request.scope.get("route"), "name", "none")
-            if request.method == "POST":
-                requested.info("%s: %d in %.3f s", route, answer.status_code, seconds)
-        meter.count(route, answer.status_code, seconds)
-        answer.headers[REQUEST_ID] = request_id
-        return answer
+    meter, lookups = prometheus.Meter(), CapacityLimiter(LOOKUPS_AT_ONCE)
+    app.add_middleware(Entrance, callers=callers, meter=meter, lookups=lookups)
 
     @app.exception_handler(OnebasisError)
     def report(request: Request, error: OnebasisError) -> Problem:
-        # The rest of a body that is too long is not read, so this connection cannot be used again.
-        headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
-        if isinstance(error, UnknownToken):
-            headers["www-authenticate"] = "Bearer"
-        if isinstance(error, TooManyRequests):
-            headers["retry-after"] = str(math.ceil(error.retry_seconds))
-        return Problem(request, error, headers=headers)
+        return Problem(request, error)
 
     @app.exception_handler(HTTPException)
     def no_route(request: Request, error: HTTPException) -> Problem:
@@ -253,18 +180,6 @@ def _endpoint(
         return await to_thread.run_sync(work, limiter=threads)
 
     return answer
-
-
-def _request_id(request: Request) -> str:
-    """What a request calls itself; or a new id, where that is nothing, or nothing that a log should have."""
-    said: str = request.headers.get(REQUEST_ID, "")
-    return said if re.fullmatch("[A-Za-z0-9._-]{1,64}", said) else uuid4().hex
-
-
-def _traceparent(request: Request) -> str:
-    """The trace that a request belongs to; empty where it names none, or not as W3C Trace Context has it."""
-    said: str = request.headers.get("traceparent", "")
-    return said if TRACEPARENT.fullmatch(said) else ""
 
 
 def _key(request: Request) -> str:

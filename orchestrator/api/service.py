@@ -79,7 +79,7 @@ class Service:
         self._sources = Sources(settings, queue, controller, cluster, alarms, stands_by)
         self._reloading = Lock()
         self._of_each = {name: Versions(self._sources, name, storage) for name, storage in storages.items()}
-        served = Served(self._sources, deployment)
+        self._served = served = Served(self._sources, deployment)
         self.tasks = Tasks(self._sources, self._of_each, served, check)
         self.uploads = Uploads(lambda: self._sources.settings)
         self.answers = Answers(self._sources, self.versions)
@@ -167,6 +167,8 @@ class Service:
                 if (owner := other_owner(place, us)) is not None:
                     raise owned_by_another(owner, place.url, us)
             stores = {name: SubspaceReader.open(place, settings=after.subspace) for name, place in storages.items()}
+            if self._deployment is not None and _url_of(after) != _url_of(before):
+                self._deployment.check(after)  # before anything is kept: an address that is taken is refused
             if taken:
                 self._agree(after)
                 keep_settings(after, Path(after.state_dir))
@@ -179,8 +181,7 @@ class Service:
                 controller.grow(after, stores, GROW_SECONDS)
             if self._deployment is not None and (after.serving or before.serving):
                 self._deployment.follow(after)
-        url = after.serving.url if after.serving is not None else None
-        return {"taken": taken, "base_models": list(after.base_names), "serving": url}
+        return {"taken": taken, "base_models": list(after.base_names), "serving": _url_of(after)}
 
     def refuse_write(self) -> None:
         """Raise NotLeading where this control plane stands by."""
@@ -209,7 +210,8 @@ class Service:
             case requests.ShowVersion():
                 return self.versions(request.base_model).one(request, of_teams)
             case requests.ShowScores():
-                return self.versions(request.base_model).scores(request, of_teams)
+                found = self.versions(request.base_model).scores(request, of_teams)
+                return {**found, "canary": self._served.canary(found["base_model"], of_teams)}
             case requests.ShowMatrix():
                 return self.versions(request.base_model).matrix(request, of_teams)
             case Rollback():
@@ -221,3 +223,8 @@ class Service:
             case ServiceRequest():
                 return request.on(self)
         raise TypeError(f"{type(request).__name__} is no request to a service")
+
+
+def _url_of(settings: Settings) -> str | None:
+    """Where what answers over HTTP is to listen; None: nothing is to."""
+    return settings.serving.url if settings.serving is not None else None

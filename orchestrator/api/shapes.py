@@ -228,6 +228,39 @@ class AlarmShape(TypedDict):
     base_model: NotRequired[str]
 
 
+class SideShape(TypedDict):
+    """Requests that a version answered, with times of the last ones."""
+
+    requests: int
+    p50_seconds: float | None
+    p99_seconds: float | None
+
+
+class ComparedShape(TypedDict):
+    """Requests of a task that the canary answered, rows that `main` answered too, and those that both answered
+    alike."""
+
+    requests: int
+    rows: int
+    agreed: int
+
+
+class CanaryShape(TypedDict):
+    main_version: int
+    version: int
+    main: SideShape
+    canary: SideShape
+    failed: int
+    """Requests that the canary could not answer, and `main` did."""
+    not_compared: int
+    tasks: dict[str, ComparedShape]
+
+
+class CanaryOfTask(ComparedShape):
+    version: int
+    main_version: int
+
+
 class ReplicaOfTask(TypedDict):
     """A process that answers, and which revision of the task it does by."""
 
@@ -244,6 +277,7 @@ class ServedShape(TypedDict):
     url: str
     state: str
     message: str
+    canary: CanaryOfTask | None
     replicas: list[ReplicaOfTask]
 
 
@@ -362,6 +396,23 @@ class Predictions(TypedDict):
     base_model: str
     version: int
     answers: list[Facts]
+
+
+class FileToSend(TypedDict):
+    """What a task document names that has to be sent."""
+
+    key: str
+    place: str
+    folder: str
+    """Folder of the upload that it is to be in."""
+    only: list[str]
+    """Names of the files that are read, of a folder; empty: all."""
+
+
+class ReadTaskShape(TypedDict):
+    title: str
+    task: TaskSpec
+    files: list[FileToSend]
 
 
 PieceShape = TypedDict("PieceShape", {"from": int, "is_whole": bool})
@@ -520,6 +571,8 @@ class Scores(ScoreFrame):
     matrix: list[list[ScoreCell]]
     by_version: list[MeansOfVersion]
     footprint: StoredFootprint
+    canary: CanaryShape | None
+    """How another version answers a share of what is asked; None: none does."""
 
 
 class Matrix(ScoreFrame):
@@ -537,6 +590,38 @@ class TaskSize(TypedDict):
     foundation_numbers: int
     error_at_birth: float
     error: float
+
+
+class FlippedRow(TypedDict):
+    """An evaluation row, and its share in the two scores."""
+
+    row: int
+    """Its place among the task's evaluation rows, from 0."""
+    before: float
+    after: float
+    inputs: Facts | None
+    """None for pictures, and where the rows are not the compared ones any more."""
+    expected: str | None
+
+
+class FlippedShape(TypedDict):
+    base_model: str
+    task_id: str
+    title: str
+    metric: str
+    version: int
+    measured_at: int
+    """Version whose measurement counts in this one."""
+    against: int
+    """Version that it is compared with; 0: the task's own adapter, before merging."""
+    rows: int
+    worse: int
+    better: int
+    mean: float
+    low: float | None
+    high: float | None
+    """Ends of the mean's 95 % interval; None where too few rows say nothing of it."""
+    flipped: list[FlippedRow]
 
 
 class Capacity(TypedDict):
@@ -811,6 +896,7 @@ SHAPES: Mapping[type[Request], Any] = {
     requests.Status: StatusShape,
     requests.Health: HealthShape,
     requests.Submit: Accepted | Outlook,
+    requests.ReadTask: ReadTaskShape,
     requests.MissingFiles: UploadShape,
     requests.SendPiece: PieceShape,
     requests.KeepUpload: KeptUpload,
@@ -842,6 +928,7 @@ SHAPES: Mapping[type[Request], Any] = {
     store.RestoreRevision: RestoredTo,
     requests.ShowScores: Scores,
     requests.ShowMatrix: Matrix,
+    requests.ShowFlipped: FlippedShape,
     requests.ShowCapacity: Capacity,
     requests.WhoAmI: Who,
     requests.ListTokens: list[TokenRecord],

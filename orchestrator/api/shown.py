@@ -18,6 +18,8 @@ _NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 _TITLE = re.compile(rf"{_NAME}/{_NAME}")
 _TITLE_IN_TEXT = re.compile(rf"(?<![\w./-]){_NAME}/{_NAME}")
 _TASK_ID = re.compile(r"\bt[0-9a-f]{21}\b")
+ID_LENGTH = 22
+"""Characters of a task's id: shorter texts hold none."""
 ANOTHER = "another team's task"
 """What stands for its name, and for its id."""
 OF_A_TEAM = ("waiting", "teams")
@@ -49,7 +51,11 @@ class Eyes:
 
     def text(self, text: str) -> str:
         """A sentence without other teams' tasks."""
-        told = _TITLE_IN_TEXT.sub(lambda found: ANOTHER if self._hides(found[0]) else found[0], text)
+        told = text
+        if "/" in text:  # else it names none, and most texts of an answer do not
+            told = _TITLE_IN_TEXT.sub(lambda found: ANOTHER if self._hides(found[0]) else found[0], text)
+        if len(told) < ID_LENGTH:
+            return told
         return _TASK_ID.sub(lambda found: found[0] if found[0] in self.said or self.is_own(found[0]) else ANOTHER, told)
 
     def _hides(self, title: str) -> bool:
@@ -64,7 +70,7 @@ def names_in(value: Any) -> frozenset[str]:
 
 def task_ids_in(value: Any) -> set[str]:
     """Every task id that stands anywhere in an answer."""
-    return {found for text in _texts(value) for found in _all(_TASK_ID, text)}
+    return {found for text in _texts(value) if len(text) >= ID_LENGTH for found in _all(_TASK_ID, text)}
 
 
 def shown(answer: Any, eyes: Eyes) -> Any:
@@ -83,6 +89,8 @@ def _seen(value: Any, eyes: Eyes) -> Any:
     match value:
         case str():
             return eyes.text(value)
+        case None | bool() | int() | float():  # before Mapping, which is slow to ask for
+            return value
         case Mapping():
             return _seen_mapping(value, eyes)
         case tuple() | list():
@@ -110,6 +118,8 @@ def _seen_mapping(value: Mapping[str, Any], eyes: Eyes) -> dict[str, Any]:
 def _is_anothers(item: Any, eyes: Eyes) -> bool:
     """Whether an item of a list, or a key, stands for a task of another team."""
     if isinstance(item, str):
+        if "/" not in item and len(item) < ID_LENGTH:
+            return False
         is_title = _TITLE.fullmatch(item) is not None and item.partition("/")[0] in eyes.others
         return is_title or (_TASK_ID.fullmatch(item) is not None and not eyes.is_own(item))
     if isinstance(item, Mapping):
@@ -123,13 +133,16 @@ def _all(pattern: re.Pattern[str], text: str) -> list[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case Mapping():
-            for name, inner in value.items():
-                yield str(name)
-                yield from _texts(inner)
-        case list() | tuple():
-            for inner in value:
-                yield from _texts(inner)
+    """All texts in a value, keys too, in any order."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                yield text
+            case None | bool() | int() | float():  # before Mapping, which is slow to ask for
+                pass
+            case Mapping() as inner:
+                yield from map(str, inner)
+                waiting += inner.values()
+            case list() | tuple() as inner:
+                waiting += inner

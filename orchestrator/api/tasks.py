@@ -490,6 +490,12 @@ class Tasks:
             found[record.task_id] = _wait_json(wait_of(record, around))
         return found
 
+    def _trial(self, base_model: str) -> tuple[int, str, float] | None:
+        """The version that waits for its canary."""
+        controller = self._sources.controller
+        subspace = controller.subspaces.get(base_model) if controller is not None else None
+        return subspace.candidate.trial.waiting if subspace is not None else None
+
     def _decided(self, record: TaskRecord) -> Wait | None:
         """The scheduler's reason for a task that stands in line."""
         controller, stands = self._sources.controller, record.state is TaskState.QUEUED and not record.blocked
@@ -524,6 +530,7 @@ class Tasks:
             decided=self._decided(record),
             titles=self._titles(record),
             alarms=self._sources.ringing(name),
+            trial=self._trial(name),
             leader=self._sources.leader,
         )
 
@@ -545,7 +552,7 @@ def _nothing_to_do(change: requests.Change, record: TaskRecord) -> str:
 def _wait_json(wait: Wait | None) -> Json | None:
     if wait is None:
         return None
-    told = {name: value for name, value in asdict(wait).items() if name != "is_of_service"}
+    told = {name: value for name, value in vars(wait).items() if name != "is_of_service"}
     return {**told, "who": str(wait.who)}
 
 

@@ -318,6 +318,14 @@ class Versions:
         table, _, frame = self._scored(request.version, of_teams)
         return {**frame, "news": views.news(table)}
 
+    def flipped(self, record: TaskRecord, version: int | None, limit: int) -> Json:
+        """See `orchestrator.api.flipped`. version: Default: what `main` holds."""
+        from orchestrator.api.flipped import flipped
+
+        state, number = self._at(version)
+        found = flipped(record, self._table(state, number), number, self.storage, limit)
+        return {"base_model": self.name, **found}
+
     def capacity(self, request: requests.ShowCapacity) -> Json:
         """The numbers that serving a version (default `main`) needs, task by task, and how they came to be so many."""
         state, number = self._at(request.version)

@@ -61,6 +61,8 @@ class Surroundings:
     """Id to name of tasks that the answer names."""
     alarms: Mapping[AlarmCode, str] = field(default_factory=dict)
     """Code to text of the alarms that ring."""
+    trial: tuple[int, str, float] | None = None
+    """As `CanaryTrial.waiting`."""
     leader: str = ""
     """Name of the control plane that leads, where the one that answers stands by: it does not know why the other has
     not started a task yet."""
@@ -71,7 +73,7 @@ def wait_of(record: TaskRecord, around: Surroundings) -> Wait | None:
     if not around.is_running:
         return None
     queued = record.state is TaskState.QUEUED
-    waits = [_held(around.held), *(_of_the_queue(record, around) if queued else ())]
+    waits = [_held(around.held), _tried(record, around), *(_of_the_queue(record, around) if queued else ())]
     if next_step(record) is Step.AWAIT_ADAPTER and around.phase == "waiting":
         waits.append(Wait(code=WaitCode.GANG_INCOMPLETE, pool=record.pool, about=record.worker))
     if queued or record.state in (TaskState.MERGING, TaskState.REFINING, TaskState.EVALUATING):
@@ -86,6 +88,13 @@ def wait_of(record: TaskRecord, around: Surroundings) -> Wait | None:
 
 def _held(held: Hold | None) -> Wait | None:
     return None if held is None else Wait(code=WaitCode.HELD, about=who_holds(held), since=held.time)
+
+
+def _tried(record: TaskRecord, around: Surroundings) -> Wait | None:
+    if around.trial is None or record.state is not TaskState.EVALUATING or around.trial[0] != record.version:
+        return None
+    _, about, until = around.trial
+    return Wait(code=WaitCode.CANARY, about=about, until=until)
 
 
 def _of_the_queue(record: TaskRecord, around: Surroundings) -> list[Wait | None]:
@@ -126,6 +135,8 @@ def why(record: TaskRecord, around: Surroundings) -> str:
         return {
             WaitCode.GANG_INCOMPLETE: f"{gang}; the task's log says for what",
             WaitCode.HELD: f"{_what_waits(record)} waits: {wait.about}",
+            WaitCode.CANARY: f"{_what_waits(record)} passed the gate, and {wait.about}; it is published at "
+            f"{_clock(wait.until)} at the latest",
         }.get(wait.code, f"waits for the store: {wait.about}")
     if record.state is TaskState.EVALUATING and around.is_version_refined:
         return f"version {record.version} is scored when tasks of it have been refined on their own rows"
@@ -169,7 +180,7 @@ def _why_queued(record: TaskRecord, around: Surroundings, wait: Wait | None) -> 
 
 def _cause(wait: Wait, around: Surroundings) -> str:
     about = around.titles.get(wait.about, wait.about)
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wait.until)) if wait.until is not None else ""
+    at = _clock(wait.until)
     return {
         WaitCode.PAUSED: about,
         WaitCode.DEPENDENCY: f"comes after {about}",
@@ -184,6 +195,10 @@ def _cause(wait: Wait, around: Surroundings) -> str:
         WaitCode.BASE_MODEL_LOADING: f"no worker{_of(wait)} is ready{_idle(around)}",
         WaitCode.ABOUT_TO_START: "is about to start" + (f", when {about} has written its checkpoint" if about else ""),
     }.get(wait.code, f"waits for the store: {about}")
+
+
+def _clock(at: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at is not None else ""
 
 
 def _over_quota(about: str, at: str) -> str:

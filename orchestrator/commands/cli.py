@@ -21,6 +21,8 @@ from configs.places import located
 from configs.task_spec import TaskSpec
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
+    FLIPPED,
+    FLIPPED_MAX,
     MOVES,
     PAGE,
     PAGE_MAX,
@@ -44,6 +46,7 @@ from orchestrator.api.requests import (
     Resume,
     Retry,
     ShowCapacity,
+    ShowFlipped,
     ShowHistory,
     ShowScores,
     ShowTask,
@@ -829,6 +832,21 @@ def scores(
         show(answer, version_tables.scores, as_json)
     else:
         print(score_texts.csv_text(answer) if form == "csv" else score_texts.latex_text(answer), end="")
+
+
+@command
+def flipped(
+    reference: Reference,
+    number: AtVersion = None,
+    limit: Annotated[int, typer.Option(min=1, max=FLIPPED_MAX, help="Rows that are listed, at most.")] = FLIPPED,
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Show the evaluation rows of a task that a version answers otherwise than at the task's birth, the worst first."""
+    client = Client(state_dir)
+    asked = ShowFlipped(reference=reference, version=_version_or_main(client, number, base_model), limit=limit)
+    show(client.ask(asked), version_tables.flipped, as_json)
 
 
 @command

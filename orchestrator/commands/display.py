@@ -95,8 +95,6 @@ def status(answer: Json) -> None:
                 soft_wrap=True,
             )
     console.print(f"  mlflow   {shown(answer['mlflow'])}", soft_wrap=True)
-    if error := answer.get("traces_error"):
-        console.print(f"  [yellow]traces wait[/yellow]: {shown(error)}", soft_wrap=True)
     if serving := answer.get("serving"):
         console.print(f"  answers  {_serving(serving)}", soft_wrap=True)
     for worker, what in answer.get("workers", {}).items():
@@ -131,11 +129,11 @@ def _serving(serving: Json) -> str:
         parts += [f"[yellow]{shown(replica['trouble'])}[/yellow]" for replica in replicas if replica["trouble"]]
         troubles = dict.fromkeys(replica["canary_trouble"] for replica in replicas if replica.get("canary_trouble"))
         parts += [f"[yellow]no canary: {shown(trouble)}[/yellow]" for trouble in troubles]
-    parts += [f"{shown(name)}: {_canary(said)}" for name, said in (serving.get("canary") or {}).items()]
+    parts += [f"{shown(name)}: {canary(said)}" for name, said in (serving.get("canary") or {}).items()]
     return "; ".join([*parts, *([shown(serving["message"])] if serving.get("message") else [])])
 
 
-def _canary(said: Json) -> str:
+def canary(said: Json) -> str:
     """How another version answered its share of the requests, beside main's."""
     sides = (("main", said["main"]), ("canary", said["canary"]))
     times = " against ".join(
@@ -444,6 +442,10 @@ def task(answer: Json) -> None:
         )
     if (served := answer.get("served")) is not None:
         console.print(f"  served     {_served(served)}", soft_wrap=True)
+        if one := served.get("canary"):
+            asked = f"version {one['version']} answered {counted(one['requests'], 'request')} of it"
+            alike = f"it agreed with version {one['main_version']} on {one['agreed']} of {counted(one['rows'], 'row')}"
+            console.print(f"  canary     {asked}; {alike}", soft_wrap=True)
     if said := _deadline(answer):
         console.print(f"  [yellow]warning[/yellow]    {shown(said)}", soft_wrap=True)
     for warning in answer["warnings"]:

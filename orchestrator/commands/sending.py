@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from configs.errors import InvalidInput, OnebasisError, TooManyRequests, Unavailable, renamed
 from configs.places import is_in_bucket
-from configs.task_spec import TaskSpec
+from configs.task_spec import FILE_KEYS, TaskSpec
 from configs.uploads import FILES_MAX, SentFile, UploadName, check_names, is_upload
 from orchestrator.api.client import REMOTE, Client
 from orchestrator.api.requests import KeepUpload, MissingFiles, SendPiece, Submit
@@ -26,8 +26,6 @@ from subspace_store.formats.peft_files import READ_FILES, refuse_pickle
 Json = dict[str, Any]
 T = TypeVar("T")
 
-PLACES = {("data", "train_file"): "train", ("data", "eval_file"): "eval", ("method", "adapter"): "adapter"}
-"""Keys of a task document that name files, to the folder of the upload that these are in."""
 PIECE_BYTES = 2**20
 """Bytes of the first piece of a file; later ones are longer on a fast line and shorter on a slow one."""
 PIECE_BYTES_MIN, PIECE_BYTES_MAX = 2**16, 8 * 2**20
@@ -78,7 +76,7 @@ def with_its_files(client: Client, task: TaskSpec, their_files: bool, as_json: b
         return Sent(task)
     files: dict[str, Path] = {}
     names: dict[tuple[str, str], str] = {}
-    for (section, key), folder in PLACES.items():
+    for (section, key), folder in FILE_KEYS.items():
         place = getattr(getattr(task, section), key)
         if not place or is_upload(place) or is_in_bucket(place):
             continue

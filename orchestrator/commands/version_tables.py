@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from orchestrator.commands import moments
-from orchestrator.commands.display import Json, coloured, score_text, size_text
+from orchestrator.commands.display import Json, canary, coloured, score_text, size_text
 from subspace_store.commands.terminal import console, counted, decimals, shown
 
 WIDE = 100_000
@@ -213,9 +213,46 @@ def scores(answer: Json) -> None:
         console.print(
             f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
         )
+    if one := answer.get("canary"):
+        console.print(canary(one), soft_wrap=True)
     console.print()
     _print_figures(answer["by_version"][-1])
     _print_footprint(answer["footprint"])
+
+
+def flipped(answer: Json) -> None:
+    """`onebasis flipped`."""
+    at, now = answer["measured_at"], answer["version"]
+    under = f"version {now}" + (f", as measured under version {at}" if at != now else "")
+    against = f"version {answer['against']}" if answer["against"] else "its own adapter"
+    counts = f"{answer['worse']} of {counted(answer['rows'], 'row')} worse, {answer['better']} better"
+    mean = f"{answer['mean']:+.4f} in the mean of {answer['metric']}"
+    if answer["low"] is not None:
+        mean += f", 95 % interval {answer['low']:+.4f} to {answer['high']:+.4f}"
+    console.print(f"{shown(answer['title'])} under {under}, against {against}: {counts}; {mean}", soft_wrap=True)
+    if not answer["flipped"]:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("row", "before", "here", "expected", "it says"):
+        table.add_column(name, justify="left" if name in ("expected", "it says") else "right")
+    for one in answer["flipped"]:
+        said = "not kept as text" if one["inputs"] is None else _said_in(one["inputs"])
+        before, after = score_text(one["before"]), score_text(one["after"])
+        table.add_row(str(one["row"] + 1), before, after, shown(one["expected"] or "–"), shown(said))
+    console.print(table)
+    if (more := answer["worse"] + answer["better"] - len(answer["flipped"])) > 0:
+        console.print(f"[dim]{counted(more, 'row')} that changed less: --limit lists more[/dim]")
+
+
+def _said_in(inputs: Json) -> str:
+    """A row's inputs in one line."""
+    if "messages" in inputs:
+        said = " ".join(f"{turn['role']}: {turn['content']}" for turn in inputs["messages"])
+    else:
+        said = inputs.get("prompt") or " / ".join(
+            text for text in (inputs.get("text"), inputs.get("text_pair")) if text
+        )
+    return " ".join(said.split())
 
 
 def _across(answer: Json) -> Table:

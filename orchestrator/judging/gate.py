@@ -16,7 +16,7 @@ from configs.settings import GateSettings
 from configs.task_spec import SCORE_MAX
 from orchestrator.judging.forgetting import mean
 from orchestrator.judging.score_table import ScoreTable
-from orchestrator.tasks.task_record import TaskRecord
+from orchestrator.tasks.task_record import TaskRecord, results_key
 
 ROUNDING = 1e-9
 """Scores are quotients of integers: 0.83 − 0.80 must count as 0.03, not as 0.030000000000000027."""
@@ -142,6 +142,22 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Paired
     differences = mean([late - early for early, late in zip(before, after, strict=True)])
     low, high = (differences.value + sign * differences.half_width for sign in (-1, 1))
     return PairedDifference(mean=differences.value, low=low, high=high, count=differences.count)
+
+
+def compared_with(record: TaskRecord, table: ScoreTable, version: int) -> tuple[int, str]:
+    """What the gate compares a task's score under a version with: the version (0: its own adapter, before merging), and
+    the storage key of each row's result.
+
+    Args:
+        version: One that the score was measured under.
+    """
+    if table.birth[record.task_id] == version:
+        return 0, record.local_results_key
+    # Nobody measured it at birth if it was merged again without some task: then its first score since counts.
+    first = next(
+        table.cells[v][record.task_id].measured_at for v, s in table.column(record.task_id) if not math.isnan(s)
+    )
+    return first, results_key(record.task_id, first)
 
 
 def judge(

@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import version
@@ -38,7 +39,8 @@ from orchestrator.tasks.trace_book import REQUESTS, TraceBook
 
 log = logging.getLogger("onebasis.traces")
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
+"""Interval at which what is new is looked for: each look is ten questions to the database, however little happened."""
 TIMEOUT_SECONDS = 10.0
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0)
 """Waits after tries that failed, one after another; the last for all further ones."""
@@ -66,6 +68,8 @@ class Traces:
         looked."""
         self.error = ""
         """Why the last try failed, for people."""
+        self.working_since = 0.0
+        """Unix time at which the look under way began; 0 between two."""
         self._tries = 0
 
     def run(self, stop: threading.Event) -> None:
@@ -74,7 +78,7 @@ class Traces:
         while not last:
             last = stop.is_set()
             try:
-                while self.look() and not stop.is_set():
+                while self._timed_look() and not stop.is_set():
                     pass
                 self.error, self._tries = "", 0
                 stop.wait(LOOK_SECONDS)
@@ -85,6 +89,13 @@ class Traces:
                 self.error = said
                 stop.wait(RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)])
                 self._tries += 1
+
+    def _timed_look(self) -> bool:
+        self.working_since = time.time()
+        try:
+            return self.look()
+        finally:
+            self.working_since = 0.0
 
     def look(self) -> bool:
         """Tell what is new.
@@ -140,10 +151,13 @@ class Traces:
 
     def _spans(self, task_ids: Iterable[str], after: int, until: int) -> list[Span]:
         records = self._queue.among(sorted(task_ids))
+        if not records:
+            return []
+        lives, orders = self._book.lives(records, until), self._queue.spent_by(records)
         return [
             span
             for task_id, record in records.items()
-            for span in spans_of(record, self._book.life(task_id, until), self._queue.spent(task_id), after)
+            for span in spans_of(record, lives[task_id], orders[task_id], after)
         ]
 
 

@@ -12,6 +12,8 @@ class WaitCode(StrEnum):
 
     HELD = "held"
     """Somebody holds `main`."""
+    CANARY = "canary"
+    """Its version passed the gate, and its canary has not answered enough requests."""
     PAUSED = "paused"
     """The task, its team or the service is paused."""
     DEPENDENCY = "dependency"
@@ -55,6 +57,7 @@ class Who(StrEnum):
 
 WHO: dict[WaitCode, Who] = {
     WaitCode.HELD: Who.PLATFORM,
+    WaitCode.CANARY: Who.NOBODY,
     WaitCode.PAUSED: Who.TEAM,
     WaitCode.DEPENDENCY: Who.TEAM,
     WaitCode.NOT_BEFORE: Who.TEAM,

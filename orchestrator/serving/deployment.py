@@ -53,6 +53,23 @@ class Deployment:
             else:
                 self._start(settings, settings.serving)
 
+    def check(self, settings: Settings) -> None:
+        """Raise what would keep it from answering there, as far as that is known before anything is changed.
+
+        Raises:
+            Conflict, Unavailable: As `follow`.
+        """
+        if settings.serving is None:
+            return
+        if others := [name for name in self._known() if name != self._app]:
+            raise Conflict(
+                f"Ray Serve answers for something else on this cluster: {', '.join(others)}",
+                settings.ray.address,
+                "end it with `serve shutdown`, or use another cluster",
+            )
+        if self._listener(settings.serving.url) == "somebody else":
+            raise Unavailable("something else listens there", settings.serving.url, CHOOSE)
+
     def end(self) -> None:
         """End the application, if it runs."""
         with self._changing:
@@ -84,16 +101,8 @@ class Deployment:
         from ray import serve
         from ray.serve.config import HTTPOptions
 
-        known = self._known()
-        if others := [name for name in known if name != self._app]:
-            raise Conflict(
-                f"Ray Serve answers for something else on this cluster: {', '.join(others)}",
-                settings.ray.address,
-                "end it with `serve shutdown`, or use another cluster",
-            )
-        if (listener := self._listener(serving.url)) == "somebody else":
-            raise Unavailable("something else listens there", serving.url, CHOOSE)
-        if known and listener == "nobody":
+        self.check(settings)
+        if self._known() and self._listener(serving.url) == "nobody":
             self._end()  # Ray Serve listens at another address, and takes no new one while it runs
         try:
             options = HTTPOptions(host=serving.host, port=serving.port)

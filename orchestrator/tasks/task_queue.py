@@ -352,6 +352,13 @@ class TaskQueue:
                 found.update({row.task_id: record for row in rows if (record := self._try_read(row))})
         return found
 
+    def teams_of(self, task_ids: Collection[str]) -> dict[str, str]:
+        """Id to team, for those of these ids that the database knows; no record is read."""
+        with self._database.reading() as connection:
+            chosen = select(_tasks.c.task_id, _tasks.c.team)
+            found = (connection.execute(chosen.where(_tasks.c.task_id.in_(ids))) for ids in _batches(task_ids))
+            return {task_id: team for rows in found for task_id, team in rows}
+
     def changes(self, after: int) -> tuple[list[TaskRecord], int]:
         """The tasks to which something happened since an earlier answer, some of them perhaps returned before.
 
@@ -744,10 +751,18 @@ class TaskQueue:
 
     def spent(self, task_id: str) -> list[Spent]:
         """What a task's orders cost its team, oldest first."""
-        columns = (getattr(_uses.c, field.name) for field in fields(Spent))
-        chosen = select(*columns).where(_uses.c.task_id == task_id).order_by(_uses.c.ended_at, _uses.c.token)
+        return self.spent_by([task_id])[task_id]
+
+    def spent_by(self, task_ids: Collection[str]) -> dict[str, list[Spent]]:
+        """The same of several tasks, each by its id."""
+        found: dict[str, list[Spent]] = {task_id: [] for task_id in task_ids}
+        chosen = select(*(getattr(_uses.c, field.name) for field in fields(Spent)))
+        chosen = chosen.order_by(_uses.c.ended_at, _uses.c.token)
         with self._database.reading() as connection:
-            return [Spent(**row._mapping) for row in connection.execute(chosen)]
+            for ids in _batches(task_ids):
+                for row in connection.execute(chosen.where(_uses.c.task_id.in_(ids))):
+                    found[row.task_id].append(Spent(**row._mapping))
+        return found
 
     # --- helpers -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import func, select
@@ -47,13 +48,21 @@ class TraceBook:
             rows = connection.execute(chosen.order_by(_events.c.event_id).limit(limit)).all()
         return [(int(event_id), task_id, _moves(json.loads(facts))) for event_id, task_id, facts in rows]
 
-    def life(self, task_id: str, until: int) -> list[LifeEvent]:
-        """A task's events up to a number, those that have facts, oldest first."""
-        chosen = select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.facts)
-        mine = (_events.c.task_id == task_id, _events.c.event_id <= until, _events.c.facts.is_not(None))
+    def lives(self, task_ids: Collection[str], until: int) -> dict[str, list[LifeEvent]]:
+        """Id to a task's events up to a number, those that have facts, oldest first.
+
+        Args:
+            task_ids: No more than events were asked for at once.
+        """
+        found: dict[str, list[LifeEvent]] = {task_id: [] for task_id in task_ids}
+        chosen = select(_events.c.event_id, _events.c.at, _events.c.kind, _events.c.facts, _events.c.task_id)
+        theirs = (_events.c.task_id.in_(sorted(task_ids)), _events.c.event_id <= until, _events.c.facts.is_not(None))
         with self._database.reading() as connection:
-            rows = connection.execute(chosen.where(*mine).order_by(_events.c.event_id))
-            return [LifeEvent(event_id, at, kind, json.loads(facts)) for event_id, at, kind, facts in rows]
+            for event_id, at, kind, facts, task_id in connection.execute(
+                chosen.where(*theirs).order_by(_events.c.event_id)
+            ):
+                found[task_id].append(LifeEvent(event_id, at, kind, json.loads(facts)))
+        return found
 
 
 def _moves(facts: dict[str, Any]) -> bool:

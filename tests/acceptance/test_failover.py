@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from configs.errors import NotLeading, Unavailable
-from orchestrator.api.requests import Cancel
+from orchestrator.api.client import Client
+from orchestrator.api.requests import Cancel, CreateToken, ReadEvents
 from tests.acceptance.conftest import ROOT, Site, merged_once
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.servers.postgres import Postgres, postgres_server
@@ -45,6 +50,66 @@ class Two:
         """The one that leads, by its own word."""
         (found,) = (site for site in self.sites if role(site) == "leads")
         return found
+
+
+class Ear:
+    """Somebody who listens as a browser does: whenever a stream ends, asks the next address for what follows on the
+    last event that came whole."""
+
+    def __init__(self, token: str, *sites: Site) -> None:
+        self._token, self._sites = token, sites
+        self.heard: list[int] = []
+        """Numbers of the events that came."""
+        self.began: int | None = None
+        """Number behind which it began."""
+        self.streams = 0
+        """Streams that it has listened to."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        until = time.monotonic() + 10
+        while self.began is None:
+            assert time.monotonic() < until, "no stream begins"
+            time.sleep(0.01)
+
+    def _run(self) -> None:
+        for site in itertools.cycle(self._sites):
+            if self._over.is_set():
+                return
+            with contextlib.suppress(httpx.HTTPError):
+                self._listen(json.loads((site.folder / ".onebasis/server.json").read_text())["url"])
+            self._over.wait(0.1)
+
+    def _listen(self, url: str) -> None:
+        headers = {"authorization": f"Bearer {self._token}", "accept": "text/event-stream"}
+        last = self.heard[-1] if self.heard else self.began
+        if last is not None:
+            headers["last-event-id"] = str(last)
+        with httpx.stream("GET", f"{url}/v1/events", headers=headers, timeout=15, trust_env=False) as reply:
+            assert reply.status_code == 200, reply.read()
+            self.streams += 1
+            fields: dict[str, str] = {}
+            for line in reply.iter_lines():
+                if self._over.is_set():
+                    return
+                name, _, value = line.partition(":")
+                if line:
+                    fields[name] = value.strip()
+                elif fields:  # an empty line ends an event: what was cut off before it has not come
+                    if "data" in fields and "event" not in fields:
+                        self.heard.append(int(fields["id"]))
+                    elif self.began is None:
+                        self.began = int(fields["id"])
+                    fields = {}
+
+    def missed_or_doubled(self, site: Site) -> list[int]:
+        """Events that it did not hear exactly once and in their order; waits until it has heard the newest one."""
+        client = Client(site.folder / ".onebasis")
+        events = [event["event_id"] for event in client.pages(ReadEvents(after=self.began))]
+        site.wait("the newest event to be heard", lambda: bool(self.heard) and self.heard[-1] >= events[-1], 10)
+        self._over.set()
+        heard = [one for one in self.heard if one <= events[-1]]
+        return [] if heard == events else sorted(set(heard) ^ set(events)) or heard
 
 
 def role(site: Site) -> str:
@@ -85,9 +150,13 @@ def test_the_second_stands_by_answers_what_reads_and_names_the_leader(two: Two) 
         other.look(Cancel(reference="payments/first"))
 
 
-def test_a_killed_leader_is_followed_within_ten_seconds_and_what_trains_is_not_begun_again(two: Two) -> None:
+def test_a_killed_leader_is_followed_within_ten_seconds_what_trains_is_not_begun_again_and_no_event_is_missed(
+    two: Two,
+) -> None:
     leader = two.leader()
     (other,) = (site for site in two.sites if site is not leader)
+    token = leader.look(CreateToken(name="ear", role="viewer"))["token"]
+    moves, stays = Ear(token, leader, other), Ear(token, other)
     leader.run("submit", str(leader.task_file("trains", steps=120)))
     leader.wait("training", lambda: leader.task("payments/trains")["progress"].get("step", 0) > 3)
     killed = time.monotonic()
@@ -100,6 +169,11 @@ def test_a_killed_leader_is_followed_within_ten_seconds_and_what_trains_is_not_b
     assert task["attempt"] == 1
     assert [event["kind"] for event in task["events"]].count("Claimed") == 1
     assert merged_once(other, "payments/first", "payments/trains")
+    # Whoever listened to the killed one went on behind its last event; whoever listened to the other heard on.
+    assert (moves.missed_or_doubled(other), stays.missed_or_doubled(other)) == ([], [])
+    assert moves.streams > 1
+    assert stays.streams == 1
+    assert {*moves.heard} >= {event["event_id"] for event in task["events"]}  # from before the kill to the end
     # Started again, the old one stands by: it does not take its lease back.
     assert "stands by" in leader.run("up")
     assert two.leader() is other
@@ -111,6 +185,7 @@ def test_a_leader_that_stood_still_finds_another_one_writes_nothing_and_stands_b
     leader.run("submit", str(leader.task_file("stopped", steps=120)))
     leader.wait("training", lambda: leader.task("payments/stopped")["progress"].get("step", 0) > 3)
     pid = leader.control_plane()
+    ear = Ear(leader.look(CreateToken(name="ear", role="viewer"))["token"], leader)
     os.kill(pid, signal.SIGSTOP)
     try:
         other.wait("the other to lead", lambda: role(other) == "leads", 60)
@@ -122,6 +197,7 @@ def test_a_leader_that_stood_still_finds_another_one_writes_nothing_and_stands_b
     assert task["attempt"] == 1
     assert [event["kind"] for event in task["events"]].count("Claimed") == 1
     assert merged_once(other, "payments/stopped")
+    assert ear.missed_or_doubled(other) == []
 
 
 def test_a_leader_that_is_ended_hands_over_at_once_and_what_trains_goes_on(two: Two) -> None:

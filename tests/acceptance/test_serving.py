@@ -357,3 +357,29 @@ def test_it_moves_to_another_port_and_refuses_one_that_is_taken(served: Served) 
         said = served.run("serve", "--port", str(before), expect=5)
     assert f"http://127.0.0.1:{before}: something else listens there" in said
     assert served.predicted(INTENTS, TEXTS[0])["version"] == 3  # what answered before still does
+    assert served.status()["serving"]["url"] == served.url  # and a refused address is not kept
+
+
+def test_a_version_is_published_when_its_canary_has_answered_what_the_gate_asks_for(served: Served) -> None:
+    served.run("serve", "--canary", "candidate", "--share", "1")
+    settings = yaml.safe_load((served.folder / ".onebasis/settings.yaml").read_text())
+    settings["gate"] |= {"canary_requests_min": 6, "canary_seconds_max": 900}
+    (served.folder / "trial.yaml").write_text(yaml.safe_dump(settings))
+    served.run("reload", "--config", "trial.yaml")
+    refused = served.run("serve", "--canary", "none", expect=2)
+    assert "gate.canary_requests_min is 6, and nothing answers them" in refused.replace("\n", " ")
+    document = yaml.safe_load((served.folder / "intents.yaml").read_text())
+    (served.folder / "more.yaml").write_text(yaml.safe_dump(document | {"name": "more"}))
+    served.run("submit", "more.yaml")
+    served.wait("its canary", lambda: (served.task("payments/more")["wait"] or {}).get("code") == "canary")
+    assert "and its canary has answered 0 of 6 requests" in served.task("payments/more")["why"]
+    served.wait("answers by the candidate", lambda: served.predicted(INTENTS, TEXTS[0])["version"] == 4)
+    for _ in range(3):
+        assert served.predicted(INTENTS, TEXTS[0])["version"] == 4
+    served.wait("what was asked to be counted", lambda: "answered 4 of 6" in served.task("payments/more")["why"])
+    served.wait("the task to say so", lambda: served.task(INTENTS)["served"]["canary"]["requests"] == 4)
+    assert "canary version 4 answered 4 of 4 requests" in served.run("scores").replace("\n", " ")
+    for _ in range(2):
+        served.predicted(INTENTS, TEXTS[0])
+    events = served.wait_for_state("payments/more", "published")["events"]
+    assert "the canary answered 6 of 6 requests" in events[-1]["text"]

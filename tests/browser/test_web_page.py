@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 
 from configs.task_spec import TaskSpec
-from orchestrator.api.requests import ListVersions, ShowMatrix, ShowScores, ShowTask, Submit
+from orchestrator.api.requests import (
+    ListTasks,
+    ListTeams,
+    ListVersions,
+    ReadAudit,
+    ShowMatrix,
+    ShowScores,
+    ShowTask,
+    Submit,
+)
 from orchestrator.commands.score_texts import latex_text
+from orchestrator.tasks.task_record import results_key
 from tests.browser.conftest import FIRST, PICTURES, Visit, Visits, loses
 from tests.browser.install import AXE
-from tests.builders import LABELS, write_rows
+from tests.builders import LABELS, task_document, write_rows
 from tests.orchestrator import tables
+from tests.orchestrator.api.test_flipped import keep
 from tests.orchestrator.site import Site
 from workers.orders import Train
 
@@ -25,6 +39,13 @@ pytestmark = pytest.mark.browser
 
 def submit(site: Site, title: str) -> None:
     site.client.ask(Submit(task=TaskSpec.model_validate(site.document(title)), by="ann"))
+
+
+def keep_results(site: Site) -> None:
+    """What each row of red/alpha got, as workers keep it: right at its birth, and wrong by now."""
+    record = site.plant.get("red/alpha")
+    for version, per_row in ((1, (1,)), (4, (0,))):
+        keep(site, record, results_key(record.task_id, version), version, per_row)
 
 
 def hold_training(site: Site) -> None:
@@ -85,6 +106,143 @@ def test_a_task_moves_from_waiting_to_training_to_published_without_a_reload(sit
     newest.get_by_text("published").wait_for()
     assert ann.page.get_by_text("Nothing runs.").is_visible()
     assert site.client.ask(ShowTask(reference="red/three"))["state"] == "published"
+
+
+def test_a_task_is_submitted_by_upload_goes_on_where_it_was_cut_off_and_is_watched(site: Site, visit: Visits) -> None:
+    hold_training(site)
+    folder = site.folder / "mine"
+    rows = [
+        {"text": f"a text {n} {random.Random(n).randbytes(2000).hex()}", "label": LABELS[n % 2]} for n in range(600)
+    ]
+    write_rows(folder / "rows/train.jsonl", rows)  # 2.4 MB: several pieces
+    write_rows(
+        folder / "eval.jsonl", [{"text": "another", "label": LABELS[0]}, {"text": "one more", "label": LABELS[1]}]
+    )
+    files = {"train_file": "rows/train.jsonl", "eval_file": "eval.jsonl"}
+    document = task_document("red/sent", data=files, method={"name": "lora"})
+    (folder / "task.yaml").write_text(yaml.safe_dump(document))
+    ann = visit()
+    ann.log_in("submitter", "red")
+    pieces: list[tuple[str, int]] = []
+
+    def cut_off(route: Any) -> None:
+        offset = int(parse_qs(urlsplit(route.request.url).query)["offset"][0])
+        pieces.append((route.request.url.split("?")[0][-64:], offset))
+        route.abort() if len(pieces) == 2 else route.continue_()
+
+    ann.page.route(re.compile("/v1/uploads/red/"), cut_off)
+    ann.open("Submit")
+    ann.page.get_by_label("Task file", exact=True).set_input_files(folder / "task.yaml")
+    form = ann.page.get_by_role("form", name="Submit red/sent")
+    form.get_by_role("button", name="Submit", exact=True).click()
+    assert "data.train_file: nothing to send is chosen" in form.get_by_role("alert").inner_text()
+    assert pieces == []
+    form.get_by_label("Rows to train with: rows/train.jsonl").set_input_files(folder / "eval.jsonl")
+    form.get_by_text("The task file names train.jsonl here, and eval.jsonl is chosen").wait_for()
+    form.get_by_label("Rows to train with: rows/train.jsonl").set_input_files(folder / "rows/train.jsonl")
+    form.get_by_label("Rows to score with: eval.jsonl").set_input_files(folder / "eval.jsonl")
+    assert form.get_by_role("alert").count() == 0  # what was missing is chosen
+    assert serious(ann) == []
+    ann.page.screenshot(path=kept("submit"), full_page=True)
+    form.get_by_role("button", name="Only check it").click()
+    ann.page.get_by_text("It would be taken in: 600 rows to train, 2 rows to score").wait_for()
+    assert [task["title"] for task in site.client.ask(ListTasks())].count("red/sent") == 0  # checked, and not taken in
+    # Both files came whole, and what was cut off began again where it was.
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files.values()}
+    assert {digest for digest, _ in pieces} == {*digests.values()}
+    of_train = [offset for digest, offset in pieces if digest == digests["rows/train.jsonl"]]
+    assert of_train[0] == 0
+    assert of_train[1] == of_train[2] > 0
+    assert of_train[2:] == sorted({*of_train[2:]})
+    sent = len(pieces)
+    form.get_by_role("button", name="Submit", exact=True).click()
+    ann.page.get_by_role("heading", name="red/sent").wait_for()
+    assert len(pieces) == sent  # the service has them already
+    ann.page.locator(".why").get_by_text("is fine-tuning its adapter").wait_for()
+    site.plant.cluster.hold = lambda order: False
+    site.plant.cluster.release()
+    ann.page.get_by_text("main holds it since version 5").wait_for()
+    task = site.client.ask(ShowTask(reference="red/sent"))
+    assert (task["train_rows"], task["state"]) == (600, "published")
+    asked = [
+        row
+        for row in site.client.ask(ReadAudit())
+        if row["request"] in ("upload", "submit") and row["of"] == row["seq"]
+    ]
+    assert [(row["name"], row["request"]) for row in asked[-2:]] == [
+        ("submitter-of-red", "upload"),
+        ("submitter-of-red", "submit"),
+    ]
+
+
+def test_a_page_that_is_left_sends_and_submits_nothing_more(site: Site, visit: Visits) -> None:
+    folder = site.folder / "mine"
+    for name in ("train.jsonl", "eval.jsonl"):
+        write_rows(folder / name, [{"text": f"{name} {n}", "label": LABELS[n % 2]} for n in range(4)])
+    document = task_document("red/left", data={"train_file": "train.jsonl", "eval_file": "eval.jsonl"})
+    (folder / "task.yaml").write_text(yaml.safe_dump(document))
+    ann = visit()
+    ann.log_in("submitter", "red")
+    held: list[Any] = []
+    posted: list[str] = []
+    # The first piece gets no answer. Playwright takes no bound method here.
+    ann.page.route(re.compile("/v1/uploads/red/"), lambda route: held.append(route))
+    ann.page.on("request", lambda asked: posted.append(asked.url) if asked.method == "POST" else None)
+    ann.open("Submit")
+    ann.page.get_by_label("Task file", exact=True).set_input_files(folder / "task.yaml")
+    form = ann.page.get_by_role("form", name="Submit red/left")
+    form.get_by_label("Rows to train with: train.jsonl").set_input_files(folder / "train.jsonl")
+    form.get_by_label("Rows to score with: eval.jsonl").set_input_files(folder / "eval.jsonl")
+    form.get_by_role("button", name="Submit", exact=True).click()
+    form.get_by_text("Sending train.jsonl").wait_for()
+    ann.open("Now")
+    ann.page.wait_for_timeout(1000)  # longer than it waits before it would send a piece again
+    assert len(held) == 1
+    assert [url.rpartition("/v1/")[2] for url in posted] == ["read-task", "uploads/missing"]
+
+
+def test_a_task_file_that_is_none_is_refused_with_the_words_of_the_service(site: Site, visit: Visits) -> None:
+    ann = visit()
+    ann.log_in("submitter", "red")
+    ann.open("Submit")
+    choose = ann.page.get_by_label("Task file", exact=True)
+    choose.set_input_files({"name": "a.yaml", "mimeType": "text/yaml", "buffer": b"team: red\nname: x\nlorra: {}\n"})
+    assert "unknown key 'lorra' (did you mean 'lora'?)" in ann.page.get_by_role("alert").inner_text()
+    choose.set_input_files({"name": "a.yaml", "mimeType": "text/yaml", "buffer": b"team: r\xe9d\n"})
+    assert "is no UTF-8 text" in ann.page.get_by_role("alert").inner_text()
+
+
+def test_the_rows_that_flipped_are_shown_in_a_cell(site: Site, visit: Visits) -> None:
+    keep_results(site)
+    ann = visit()
+    ann.log_in("viewer", "red")
+    ann.open("Matrix")
+    ann.page.get_by_role("button", name="Why red/alpha").click()
+    flipped = ann.page.get_by_role("dialog").get_by_role("region", name="Rows that flipped")
+    flipped.wait_for()
+    assert ann.page.get_by_text("Against version 1: 1 of 1 row worse, 0 better").is_visible()
+    row = flipped.locator("tbody tr").inner_text().split("\t")
+    assert row == ["1", "other", "no", "right", "wrong"]
+    assert serious(ann) == []
+
+
+def test_the_gpu_hours_of_a_team_stand_beside_its_quota(site: Site, visit: Visits) -> None:
+    quotas = site.service.settings.teams["red"].model_copy(update={"gpu_hours_a_week": 40.0})
+    teams = {**site.service.settings.teams, "red": quotas}
+    site.service.sources.settings = site.service.settings.model_copy(update={"teams": teams})
+    ann = visit()
+    ann.log_in("viewer")
+    table = ann.page.get_by_role("region", name="Shares and quotas of teams")
+    heads = table.get_by_role("columnheader").all_inner_texts()
+    at = heads.index("GPU-hours a week")
+    assert heads[at + 1] == "of quota"
+    for team, quota in (("red", "40"), ("blue", "none")):
+        cells = (
+            table.get_by_role("row").filter(has=ann.page.get_by_role("rowheader", name=team, exact=True)).locator("td")
+        )
+        used = site.client.ask(ListTeams())["teams"][team]["gpu_hours_a_week"]
+        assert cells.nth(at - 1).inner_text() == f"{used:.2f}"
+        assert cells.nth(at).inner_text() == quota
 
 
 def test_cancel_and_preempt_do_what_they_say(site: Site, visit: Visits) -> None:
@@ -277,7 +435,7 @@ def test_a_tab_that_is_looked_at_again_asks_nothing_twice(site: Site, visit: Vis
         for (let turn = 0; turn < 3; turn++) document.dispatchEvent(new Event("visibilitychange"))
         return asked
     }""")
-    assert "/whoami" in asked
+    assert "/v1/whoami" in asked
     assert len(asked) == len({*asked})
 
 
@@ -323,7 +481,7 @@ def test_a_viewer_sees_no_button_that_changes_anything_and_the_server_refuses_it
     seen |= set(ann.page.get_by_role("button").all_inner_texts())
     assert seen == {"Log out", "Compare the two that are marked"}
     for path, body in (("cancel/red/one", {}), ("rollback/1", {}), ("tokens", {"name": "x", "role": "admin"})):
-        asked = f"""fetch({json.dumps(path)}, {{method: "POST", body: {json.dumps(json.dumps(body))},
+        asked = f"""fetch("v1/" + {json.dumps(path)}, {{method: "POST", body: {json.dumps(json.dumps(body))},
             headers: {{authorization: "Bearer " + sessionStorage.getItem("onebasis-token")}}}}).then(r => r.status)"""
         assert ann.page.evaluate(asked) == 403, path
     assert site.plant.state.refs["main"] == 4
@@ -436,6 +594,7 @@ def serious(tab: Visit) -> list[str]:
 def test_each_page_is_for_everybody_asks_nobody_else_and_is_kept_as_a_picture(
     site: Site, visit: Visits, scheme: str
 ) -> None:
+    keep_results(site)
     hold_training(site)
     for title in ("red/one", "blue/two", "red/three"):
         submit(site, title)
@@ -460,6 +619,7 @@ def test_each_page_is_for_everybody_asks_nobody_else_and_is_kept_as_a_picture(
     ann.open("Matrix")
     ann.page.get_by_role("button", name="Why red/alpha").click()
     ann.page.get_by_role("dialog").get_by_text("Verdict").wait_for()
+    ann.page.get_by_role("dialog").get_by_role("region", name="Rows that flipped").wait_for()
     ann.page.screenshot(path=kept(f"why-{scheme}"))
     assert serious(ann) == []
     assert ann.origins == {site.url}

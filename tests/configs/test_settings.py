@@ -217,6 +217,28 @@ def test_a_quota_of_gpu_hours_is_refused_where_it_would_never_count(tmp_path: Pa
         read_settings(written(tmp_path, teams=teams))
 
 
+@pytest.mark.parametrize(
+    ("serving", "gate", "said"),
+    [
+        (None, {"canary_requests_min": 50}, "nothing answers them: serving is not set"),
+        ({}, {"canary_requests_min": 50}, "nothing answers them: serving.canary is not set"),
+        (
+            {"canary": {"version": 3}},
+            {"canary_requests_min": 50},
+            "canary.version is 3: it has to be candidate",
+        ),
+        ({"canary": {}}, {"canary_seconds_max": 60}, "canary_seconds_max has no meaning without"),
+    ],
+)
+def test_a_canary_for_which_the_gate_would_wait_in_vain_is_refused(
+    tmp_path: Path, serving: dict[str, Any] | None, gate: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        read_settings(written(tmp_path, serving=serving, gate=gate))
+    read = read_settings(written(tmp_path, serving={"canary": {}}, gate={"canary_requests_min": 50}))
+    assert (read.gate.canary_requests_min, read.gate.canary_seconds_max) == (50, 3600)
+
+
 BASES = [{"name": name, "source": "x", "weights_sha256": SHA256} for name in ("tiny", "large")]
 
 

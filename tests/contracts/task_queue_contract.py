@@ -445,6 +445,7 @@ class TaskQueueContract:
         ids = [record.task_id, *(f"t-{n}" for n in range(40_000))]  # more than SQLite takes in one statement
         assert queue.among(ids) == {record.task_id: record}
         assert queue.known(ids) == {record.task_id}
+        assert queue.teams_of(ids) == {record.task_id: record.team}
         assert queue.among([]) == {}
 
     # --- what the loop asks ---

@@ -51,6 +51,7 @@ def test_a_version_is_published_when_it_is_let_pass_and_what_is_asked_knows_its_
     assert plant.held() == ["blue/beta", "red/alpha"]
     first, second = given(tmp_path)
     assert (first["id"], first["base_model"], first["version"], first["main"]) == ("pre-publish_tiny_1", "tiny", 1, 0)
+    assert (first["canary"], second["canary"]) == (None, None)
     assert second["verdict"] == {"passed": True, "reason": "every task kept its score"}
     alpha, beta = second["tasks"]
     ids = {title: plant.get(title).task_id for title in ("red/alpha", "blue/beta")}

@@ -40,7 +40,7 @@ def rung(alarms: Alarms) -> dict[str, str]:
 
 def test_a_loop_that_stands_still_is_told_of_with_what_it_does_and_forgotten_when_it_turns() -> None:
     alarms, loop = Alarms(), Loop()
-    looker = Watch(alarms, loop, Mirror(), str, None)
+    looker = Watch(alarms, loop, Mirror(), Mirror(), str, None)
     looker.look(1000.0 + watch.SILENT_SECONDS)
     assert rung(alarms) == {}
     looker.look(1001.0 + watch.SILENT_SECONDS)
@@ -52,18 +52,21 @@ def test_a_loop_that_stands_still_is_told_of_with_what_it_does_and_forgotten_whe
 
 def test_a_ray_that_is_down_is_one_alarm_although_the_loop_waits_for_it() -> None:
     alarms = Alarms()
-    Watch(alarms, Loop(), Mirror(), lambda: "its raylet (pid 7) is gone", None).look(2000.0)
+    Watch(alarms, Loop(), Mirror(), Mirror(), lambda: "its raylet (pid 7) is gone", None).look(2000.0)
     assert rung(alarms) == {"ray-down": "Ray does not work: its raylet (pid 7) is gone"}
 
 
-def test_a_mirror_that_fails_or_takes_for_ever_is_told_of() -> None:
+@pytest.mark.parametrize(("code", "other"), [("mlflow-behind", "traces"), ("traces-behind", "MLflow")])
+def test_a_mirror_that_fails_or_takes_for_ever_is_told_of(code: str, other: str) -> None:
     alarms, mirror = Alarms(), Mirror(error="MlflowException: experiment 1 is gone")
-    looker = Watch(alarms, Loop(), mirror, str, None)
+    both = (mirror, Mirror()) if other == "traces" else (Mirror(), mirror)
+    looker = Watch(alarms, Loop(), *both, str, None)
     looker.look(1000.0)
-    assert "experiment 1 is gone" in rung(alarms)["mlflow-behind"]
+    assert "not show everything: MlflowException: experiment 1 is gone" in rung(alarms)[code]
     mirror.error, mirror.working_since = "", 1000.0 - watch.MIRROR_SECONDS - 1
     looker.look(1000.0)
-    assert "has not taken" in rung(alarms)["mlflow-behind"]
+    assert list(rung(alarms)) == [code]
+    assert "not take what there is" in rung(alarms)[code]
     mirror.working_since = 0.0
     looker.look(1000.0)
     assert rung(alarms) == {}
@@ -76,7 +79,7 @@ def test_a_question_that_is_never_answered_is_seen_from_another_thread(monkeypat
     asking = threading.Thread(target=pulse.run, args=(stop,))
     asking.start()
     alarms = Alarms()
-    looker = Watch(alarms, Loop(), Mirror(), str, pulse)
+    looker = Watch(alarms, Loop(), Mirror(), Mirror(), str, pulse)
     time.sleep(0.1)
     looker.look(1000.0)
     assert rung(alarms) == {"ray-down": "Ray does not work: its GCS does not answer"}

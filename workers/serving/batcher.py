@@ -62,7 +62,7 @@ class Batcher:
         if not said:
             return
         version = said[0][1].version
-        canary.comparison.took(version, time.monotonic() - asked.at)
+        canary.comparison.took(version, time.monotonic() - asked.at, {one.task for one, _ in said})
         if version != canary.version or not canary.is_shadowed(asked.questions[0].key):
             return
         if self._waiting:

@@ -11,7 +11,7 @@ import math
 import statistics
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from workers.serving.question import Answer
 
 LATENCIES_KEPT = 1000
 """Requests of each side, the last ones, of which the latency is told."""
+COUNTED = ("requests", "rows", "agreed")
+"""What is counted of each task: requests that the canary answered, rows that both answered, and those alike."""
 VALUES_ALIKE = 0.01
 """Largest difference of two numbers that agree, relative to the larger where that is above 1."""
 
@@ -64,15 +66,20 @@ class Comparison:
         self.versions = (main, canary)
         self._lock = threading.Lock()
         self._sides = {main: _Side(), canary: _Side()}
-        self._rows: dict[str, list[int]] = {}
+        self._tasks: dict[str, dict[str, int]] = {}
         self._failed = self._dropped = 0
 
-    def took(self, version: int, seconds: float) -> None:
-        """A request was answered by a version, so long after it came."""
+    def took(self, version: int, seconds: float, tasks: Collection[str] = ()) -> None:
+        """A request was answered by a version, so long after it came. tasks: Those it was for, as they were named."""
         with self._lock:
             if (side := self._sides.get(version)) is not None:
                 side.requests += 1
                 side.seconds.append(seconds)
+            for task in {*tasks} if version == self.versions[1] else ():
+                self._of(task)["requests"] += 1
+
+    def _of(self, task: str) -> dict[str, int]:
+        return self._tasks.setdefault(task, dict.fromkeys(COUNTED, 0))
 
     def failed(self) -> None:
         """The canary could not answer a request, and `main`'s version did."""
@@ -87,9 +94,9 @@ class Comparison:
     def both(self, task: str, main: Answer, canary: Answer) -> None:
         """Both answered a row of a task, named as it was asked for."""
         with self._lock:
-            counts = self._rows.setdefault(task, [0, 0])
-            counts[0] += 1
-            counts[1] += agree(main, canary)
+            counts = self._of(task)
+            counts["rows"] += 1
+            counts["agreed"] += agree(main, canary)
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers of the replica; `summed` makes one of several replicas'."""
@@ -102,7 +109,7 @@ class Comparison:
                 "canary": self._sides[canary].as_dict(),
                 "failed": self._failed,
                 "not_compared": self._dropped,
-                "tasks": {task: {"rows": rows, "agreed": same} for task, (rows, same) in self._rows.items()},
+                "tasks": {task: dict(counts) for task, counts in self._tasks.items()},
             }
 
 
@@ -121,7 +128,7 @@ def summed(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     tasks: dict[str, dict[str, int]] = {}
     for one in told:
         for task, counts in one["tasks"].items():
-            known = tasks.setdefault(task, {"rows": 0, "agreed": 0})
+            known = tasks.setdefault(task, dict.fromkeys(COUNTED, 0))
             tasks[task] = {name: known[name] + counts[name] for name in known}
 
     def side(name: str) -> dict[str, Any]:

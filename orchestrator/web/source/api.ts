@@ -26,6 +26,7 @@ export class Problem extends Error {
     readonly what: string,
     readonly where = "",
     readonly todo = "",
+    readonly waitSeconds = 0,
   ) {
     super([where ? `${where}: ` : "", what, todo ? ` → ${todo}` : ""].join(""))
   }
@@ -49,7 +50,7 @@ export async function fetched(path: string, query: Record<string, unknown> = {},
     keepToken("")
     forgotten()
   }
-  throw new Problem(reply.status, told.what ?? `answered with ${reply.status}`, told.where, told.todo)
+  throw new Problem(reply.status, told.what ?? `answered with ${reply.status}`, told.where, told.todo, told.retry_seconds)
 }
 
 export const get = async (path: string, query: Record<string, unknown> = {}): Promise<Json> =>

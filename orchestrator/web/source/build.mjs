@@ -42,7 +42,8 @@ const page = readFileSync(join(here, "index.html"), "utf8").replace(/@([\w.]+)@/
   return named[name]
 })
 files.set("index.html", Buffer.from(page))
-files.set("licences.txt", readFileSync(join(here, "node_modules/preact/LICENSE")))
+const licences = ["preact", "@noble/hashes"].map((name) => `${name}\n\n${readFileSync(join(here, "node_modules", name, "LICENSE"), "utf8")}`)
+files.set("licences.txt", Buffer.from(licences.join("\n")))
 
 function* sources(folder) {
   for (const entry of readdirSync(folder, { withFileTypes: true })) {

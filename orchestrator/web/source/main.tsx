@@ -2,11 +2,12 @@
 import { render } from "preact"
 import { useEffect, useRef, useState } from "preact/hooks"
 import { Admin } from "./admin"
-import { get, hasToken, keepToken, onForgotten, type Json, type Me } from "./api"
+import { get, hasToken, keepToken, may, onForgotten, type Json, type Me } from "./api"
 import { Login } from "./login"
 import { Matrix } from "./matrix"
 import { Now } from "./now"
 import { Loading, Speaker, Trouble, usePolled } from "./parts"
+import { Submit } from "./submit"
 import { Task } from "./task"
 import { Versions } from "./versions"
 
@@ -18,7 +19,7 @@ export interface Around {
   again: () => void
 }
 
-const PAGES = { now: "Now", matrix: "Matrix", versions: "Versions", admin: "Admin" } as const
+const PAGES = { now: "Now", matrix: "Matrix", versions: "Versions", admin: "Admin", submit: "Submit" } as const
 const THEMES = { auto: "as the system", light: "light", dark: "dark" } as const
 
 const place = () => decodeURI(location.hash.replace(/^#\/?/, "")) || "now"
@@ -72,7 +73,7 @@ function Inside({ leave }: { leave: () => void }) {
       <header class="bar">
         <span class="name">onebasis</span>
         <nav aria-label="Pages">
-          {Object.entries(PAGES).map(([page, text]) => (
+          {Object.entries(PAGES).filter(([page]) => page !== "submit" || (me && may(me, "submitter"))).map(([page, text]) => (
             <a key={page} href={`#/${page}`} aria-current={page === name ? "page" : undefined}>{text}</a>
           ))}
         </nav>
@@ -97,6 +98,7 @@ function Inside({ leave }: { leave: () => void }) {
             {name === "task" ? <Task key={title} {...around} reference={title} />
               : name === "matrix" ? <Matrix {...around} />
               : name === "versions" ? <Versions {...around} />
+              : name === "submit" ? <Submit {...around} />
               : name === "admin" ? <Admin {...around} />
               : <Now {...around} />}
           </>

@@ -1,6 +1,6 @@
 // What every merge did to every task; a cell opens why.
 import { useCallback, useEffect, useMemo, useState } from "preact/hooks"
-import { get, save, type Json } from "./api"
+import { get, inPath, Problem, save, type Json } from "./api"
 import { Canvas, type Size } from "./canvas"
 import { csvOf, gridOf, latexOf, ordered, type Grid, type Order } from "./grid"
 import type { Around } from "./main"
@@ -9,6 +9,7 @@ import { Dialog, Empty, Loading, say, State, Table, taskLink, Trouble, usePolled
 import { change, count, score } from "./words"
 
 const LISTED = 50
+const FLIPPED = 50
 const SETTLED_MS = 120
 const NUMBERS_TASKS = 24
 const NUMBERS_VERSIONS = 40
@@ -163,7 +164,49 @@ function Why({ grid, base, t, v, close }: { grid: Grid; base: string; t: number;
           <dd>{added.length ? added.map((title) => <a key={title} href={taskLink(title)}>{title} </a>) : "no task that you see"}</dd>
         </dl>
       )}
+      {born <= v && <Flipped task={task} version={version} />}
       <p><a href={taskLink(task.title)}>The life of {task.title}</a></p>
     </Dialog>
   )
+}
+
+/** The rows that this version answers otherwise than the one that the gate compares with. */
+function Flipped({ task, version }: { task: Json; version: number }) {
+  const { value, problem } = usePolled(() => get(`flipped/${inPath(task.task_id)}`, { version, limit: FLIPPED }), [task.task_id, version], 0)
+  const isRight = ["accuracy", "exact_match"].includes(value?.metric)
+  const got = (share: number) => (isRight ? (share > 0.5 ? "right" : "wrong") : score(share))
+  return (
+    <>
+      <h3>Rows that flipped</h3>
+      {problem && <p class="empty">{problem instanceof Problem && problem.status === 404 ? `${problem.what}: ${problem.todo}` : problem.message}</p>}
+      {!value ? !problem && <Loading /> : (
+        <>
+          <p>
+            Against {value.against ? `version ${value.against}` : "its own adapter"}{value.measured_at !== version && `, as measured under version ${value.measured_at}`}:
+            {" "}{value.worse} of {count(value.rows, "row")} worse, {value.better} better; {change(value.mean)} in the mean{value.low !== null && `, 95 % interval ${change(value.low)} to ${change(value.high)}`}.
+          </p>
+          {value.flipped.length > 0 && (
+            <Table quiet caption="Rows that flipped" heads={["Row", "It says", "Expected", "Before", "Here"]}>
+              {value.flipped.map((one: Json) => (
+                <tr key={one.row}>
+                  <th scope="row" class="number">{one.row + 1}</th>
+                  <td class="about">{one.inputs ? saidIn(one.inputs) : "not kept as text"}</td>
+                  <td class="about">{one.expected ?? "–"}</td>
+                  <td class="number">{got(one.before)}</td>
+                  <td class="number">{got(one.after)}</td>
+                </tr>
+              ))}
+            </Table>
+          )}
+          {value.worse + value.better > value.flipped.length && <p>The {value.flipped.length} that changed most are shown.</p>}
+        </>
+      )}
+    </>
+  )
+}
+
+/** A row's inputs as one text. */
+function saidIn(inputs: Json): string {
+  if (inputs.messages) return inputs.messages.map((turn: Json) => `${turn.role}: ${turn.content}`).join("\n")
+  return inputs.prompt ?? [inputs.text, inputs.text_pair].filter((text) => text !== undefined).join(" / ")
 }

@@ -23,6 +23,7 @@ const WAITS: Record<string, string> = {
   "base-model-loading": "no worker is ready",
   "about-to-start": "is about to start",
   held: "main is held",
+  canary: "its canary answers requests first",
   "storage-away": "the storage is away",
   "store-alarm": "the store takes nothing",
 }
@@ -153,7 +154,7 @@ export function Now({ me, status, again: reread }: Around) {
       )}
       <h2>Teams</h2>
       {teams.value && (
-        <Table quiet caption="Shares and quotas of teams" heads={["Team", "Share", "Places now", "of quota", "Place-hours a week", "of quota", "Waits", "Actions"]}>
+        <Table quiet caption="Shares and quotas of teams" heads={["Team", "Share", "Places now", "of quota", "Place-hours a week", "of quota", "GPU-hours a week", "of quota", "Waits", "Actions"]}>
           {Object.entries(teams.value.teams).map(([team, facts]: [string, Json]) => (
             <tr key={team}>
               <th scope="row">{team}</th>
@@ -162,6 +163,8 @@ export function Now({ me, status, again: reread }: Around) {
               <td class="number">{facts.places_quota ?? "none"}</td>
               <td class="number">{facts.place_hours_a_week.toFixed(2)}</td>
               <td class="number">{facts.place_hours_a_week_quota ?? "none"}</td>
+              <td class="number">{facts.gpu_hours_a_week.toFixed(2)}</td>
+              <td class="number">{facts.gpu_hours_a_week_quota ?? "none"}</td>
               <td>{Object.entries(status.waiting?.[team] ?? {}).map(([code, n]) => `${n} ${waitWords(code)}`).join(", ") || "–"}</td>
               <td>
                 {may(me, "maintainer", team) && (status.paused?.teams?.[team]

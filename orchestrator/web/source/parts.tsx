@@ -1,7 +1,7 @@
 // Parts that all pages use.
 import type { ComponentChildren } from "preact"
 import { useCallback, useEffect, useRef, useState } from "preact/hooks"
-import { Problem } from "./api"
+import { Problem, type Json } from "./api"
 
 const POLL_MS = 2000
 
@@ -87,7 +87,7 @@ export function Trouble({ problem }: { problem?: Error | undefined }) {
 export function Act({ children, does, done, then, kind = "", label }: {
   children: ComponentChildren
   does: () => Promise<unknown>
-  done: string
+  done: string | ((answer: Json) => string)
   then?: (() => void) | undefined
   kind?: string
   label?: string
@@ -99,8 +99,8 @@ export function Act({ children, does, done, then, kind = "", label }: {
     setBusy(true)
     setProblem(undefined)
     try {
-      await does()
-      say(done)
+      const answer = await does()
+      say(typeof done === "string" ? done : done(answer))
       then?.()
     } catch (error) {
       setProblem(error as Error)

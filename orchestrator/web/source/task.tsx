@@ -6,7 +6,7 @@ import { gridOf } from "./grid"
 import type { Around } from "./main"
 import { Buttons, Progress } from "./now"
 import { Act, Empty, Loading, State, Table, Trouble, usePolled } from "./parts"
-import { change, clock, score, seconds } from "./words"
+import { change, clock, count, score, seconds } from "./words"
 
 const LOG_LINES = 400
 const PAGE = 1000
@@ -82,6 +82,7 @@ export function Task({ me, status, reference, again }: Around & { reference: str
         <dt>Rows</dt><dd>{task.train_rows} to train, {task.eval_rows} to score</dd>
         <dt>Method</dt><dd>{training.method || training.asked_method}{training.asked_method !== training.method && training.method && ` (asked for ${training.asked_method})`}</dd>
         <dt>Trained</dt><dd>{training.steps ? `${training.steps} steps in ${seconds(training.seconds)}` : "not yet"}</dd>
+        {task.served?.canary && <><dt>Canary</dt><dd>version {task.served.canary.version} answered {count(task.served.canary.requests, "request")} of it, and agreed with version {task.served.canary.main_version} on {task.served.canary.agreed} of {count(task.served.canary.rows, "row")}</dd></>}
         <dt>Scores ({task.metric})</dt>
         <dd>base model {score(task.base_score)}, own adapter {score(task.local_score)}{task.result && `, at birth ${score(task.result.score_at_birth)}, in main ${score(task.result.score_under_main)}`}</dd>
       </dl>

@@ -12,8 +12,8 @@ import pytest
 from fastapi import Request
 
 from configs.errors import LEAVES, Conflict
+from orchestrator.api.entrance import PROBLEM, Problem
 from orchestrator.api.requests import ListTasks, ListVersions, ReadAudit, ReadEvents
-from orchestrator.api.server import PROBLEM, Problem
 from orchestrator.tasks.answer_book import KEPT_SECONDS, AnswerBook
 from tests.orchestrator.site import TOKEN, Site
 
@@ -136,7 +136,7 @@ def test_errors_are_problems_of_one_type_for_each_class(site: Site) -> None:
     assert told["detail"] == "'red/nothing': there is no such task"
     assert {"kind", "code", "what", "where", "todo"} <= told.keys()
     request = Request({"type": "http", "state": {"request_id": "r-1"}})
-    problems = [Problem(request, leaf("what", "where", "todo", *("fact" for _ in leaf.facts))) for leaf in LEAVES]
+    problems = [Problem(request, leaf("what", "where", "todo", *(1 for _ in leaf.facts))) for leaf in LEAVES]
     types = [re.findall(rb'"type":"([^"]+)","title":"([^"]+)"', bytes(problem.body))[0] for problem in problems]
     assert len({kind for kind, _ in types}) == len({title for _, title in types}) == len(LEAVES)
     for path, status in (("/nothing", 404), ("/store/hold", 405)):

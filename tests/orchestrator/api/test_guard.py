@@ -128,7 +128,7 @@ def a_request(route: Route, site: Site, task: str, team: str) -> tuple[str, Any,
         "what": "no-worker", "change": "cancel", "owner": "ann", "versions": [1], "op_key": f"{route.name}:x",
         "request_key": "tag:x", "inputs": ["Paris"], "settings": site.plant.settings.model_dump(mode="json"),
         "files": {"rows.jsonl": {"sha256": "ab" * 32, "bytes": 3}}, "sha256": "ab" * 32, "bytes": 3, "offset": 3,
-        "branch": "main", "at": time.time(),
+        "branch": "main", "at": time.time(), "lines": ["team: red"],
         "task": {**site.document(f"{team}/fresh"), "base_model": "not-here"},
     }  # fmt: skip
     fields = {name: likely[name] for name, field in route.record.model_fields.items() if name in likely and (

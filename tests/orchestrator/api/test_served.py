@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.settings import ServingSettings
-from orchestrator.api.requests import ShowTask
+from configs.settings import CanarySettings, ServingSettings
+from orchestrator.api.access import Caller, Role, owner
+from orchestrator.api.requests import ShowScores, ShowTask
 from orchestrator.api.service import Service
-from orchestrator.commands import display
+from orchestrator.commands import display, version_tables
 from tests.builders import BASE
+from tests.orchestrator.checked_guard import CheckedGuard
 from tests.orchestrator.plant import Plant
 
 
 class Replicas:
     """What Ray Serve says, in its place."""
 
-    def __init__(self, *versions: tuple[int, str]) -> None:
+    def __init__(self, *versions: tuple[int, str], canary: dict[str, Any] | None = None) -> None:
+        self.canary = {} if canary is None else {"canary": {BASE: canary}}
         self.replicas = [{"pid": 10 + n, "version": v, "trouble": why} for n, (v, why) in enumerate(versions)]
 
     def facts(self, settings: Any) -> dict[str, Any]:
-        return {"url": settings.serving.url, "state": "running", "base_models": {BASE: self.replicas}}
+        return {"url": settings.serving.url, "state": "running", "base_models": {BASE: self.replicas}, **self.canary}
 
 
 @pytest.fixture
@@ -36,8 +40,8 @@ def revised(tmp_path: Path, _no_waiting: None) -> Plant:
     return plant
 
 
-def asked(plant: Plant, replicas: Replicas, **request: str) -> Any:
-    service = Service(
+def service_of(plant: Plant, replicas: Replicas) -> Service:
+    return Service(
         plant.settings,
         plant.queue,
         plant.storages,
@@ -45,7 +49,10 @@ def asked(plant: Plant, replicas: Replicas, **request: str) -> Any:
         plant.cluster,
         deployment=replicas,  # type: ignore[arg-type]
     )
-    return service.answer(ShowTask(**request))
+
+
+def asked(plant: Plant, replicas: Replicas, **request: str) -> Any:
+    return service_of(plant, replicas).answer(ShowTask(**request))
 
 
 def test_a_task_says_which_revision_each_replica_answers_with_and_why_one_is_behind(
@@ -76,3 +83,38 @@ def test_where_nothing_is_to_answer_nothing_is_told(plant: Plant, capsys: pytest
     assert found["served"] is None
     display.task(found)
     assert "served " not in capsys.readouterr().out
+
+
+def test_scores_and_task_show_how_the_canary_answers_what_is_really_asked(
+    make_plant: Callable[..., Plant], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display.console, "width", 300)
+    plant = make_plant(serving=ServingSettings(canary=CanarySettings(share=0.5)).model_dump())
+    plant.submit("red/alpha", "blue/beta")
+    plant.run()
+    side = {"requests": 30, "p50_seconds": 0.012, "p99_seconds": 0.04}
+    tasks = {
+        "red/alpha": {"requests": 20, "rows": 10, "agreed": 9},
+        "blue/beta": {"requests": 10, "rows": 5, "agreed": 5},
+    }
+    compared = {
+        "main_version": 1, "version": 2, "main": {**side, "requests": 70, "p50_seconds": 0.011}, "canary": side,
+        "failed": 1, "not_compared": 15, "tasks": tasks,
+    }  # fmt: skip
+    service = service_of(plant, Replicas((1, ""), canary=compared))
+    found = CheckedGuard(service).answer(ShowScores(), owner("ann"))
+    assert found["canary"] == compared
+    version_tables.scores(found)
+    shown = capsys.readouterr().out
+    assert (
+        "canary version 2 answered 30 of 100 requests, 12 ms against 11 ms (median); it agreed with version 1 on 14 of "
+        "15 rows, least in red/alpha (9 of 10), blue/beta (5 of 5); could not answer 1"
+    ) in shown
+    mine = CheckedGuard(service).answer(ShowScores(), Caller("rita", "k", {"red": Role.VIEWER}))
+    assert [*mine["canary"]["tasks"]] == ["red/alpha"]
+    one = CheckedGuard(service).answer(ShowTask(reference="red/alpha"), owner("ann"))
+    assert one["served"]["canary"] == {"version": 2, "main_version": 1, "requests": 20, "rows": 10, "agreed": 9}
+    display.task(one)
+    told = "canary     version 2 answered 20 requests of it; it agreed with version 1 on 9 of 10 rows"
+    assert told in capsys.readouterr().out
+    assert CheckedGuard(service_of(plant, Replicas((1, "")))).answer(ShowScores(), owner("ann"))["canary"] is None

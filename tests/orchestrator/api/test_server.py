@@ -759,3 +759,20 @@ def test_a_line_leads_from_a_requests_id_to_its_task(site: Site, caplog: pytest.
     answer = httpx.post(f"{site.url}/v1/tasks", headers=headers, json={"task": site.document("red/gamma")})
     task_id = answer.json()["task_id"]
     assert {"request_id": "the-one", "task_id": task_id, "trace_id": f"{trace_id_of(task_id):032x}"} in seen
+
+
+def test_a_mistake_of_our_own_is_told_with_the_requests_id_and_counted(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: Any) -> None:
+        raise RuntimeError("canary")
+
+    headers = {"authorization": f"Bearer {TOKEN}", "x-request-id": "the-one"}
+    with monkeypatch.context() as wrong:
+        wrong.setattr(site.guard, "answer", mistaken)
+        answer = httpx.get(f"{site.url}/v1/teams", headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"], answer.json()["request_id"]) == (500, *2 * ["the-one"])
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert "canary" not in answer.text
+    counted = httpx.get(f"{site.url}/metrics", headers=headers).text
+    assert 'onebasis_http_requests_total{route="teams",status="500"} 1.0' in counted

@@ -10,16 +10,17 @@ from typing import Any, cast
 import pytest
 
 from configs.errors import Corrupt, NotLeading, OnebasisError, StoreFull, StoreReadOnly, Unavailable
-from configs.settings import Settings
+from configs.settings import ServingSettings, Settings
 from orchestrator.alarms import AlarmCode
 from orchestrator.api import latest
-from orchestrator.api.requests import Export, PreviewRollback, Status, Submit
+from orchestrator.api.requests import Export, PreviewRollback, Reload, Status, Submit
 from orchestrator.api.service import Service
 from orchestrator.commands import display
 from orchestrator.leadership import StandsBy
 from orchestrator.serving.deployment import Deployment
 from orchestrator.tasks.task_queue import TaskQueue
 from subspace_store import Storage, SubspaceStore
+from subspace_store.commands.state_folder import SETTINGS_FILE
 from subspace_store.requests import Rollback, Tag
 from tests.builders import BASE, task_spec
 from tests.orchestrator.plant import Plant
@@ -95,6 +96,37 @@ def test_a_status_does_not_wait_for_ray_serve_and_says_that_it_does_not_answer(
         monkeypatch.setattr(latest, "LOOK_SECONDS", 10.0)
         hangs.may_answer.set()
         assert service.answer(Status())["serving"]["state"] == "running"
+
+
+class Taken:
+    """Stands for a `Deployment` where somebody else listens at the new address."""
+
+    def __init__(self) -> None:
+        self.followed = 0
+
+    def check(self, settings: Settings) -> None:
+        raise Unavailable("something else listens there")
+
+    def follow(self, settings: Settings) -> None:
+        self.followed += 1
+
+
+def test_an_address_that_is_taken_is_refused_before_the_settings_are_kept(make_plant: Callable[..., Plant]) -> None:
+    plant, deployment = make_plant(serving={"port": 8101}), Taken()
+    service = Service(
+        plant.settings,
+        plant.queue,
+        plant.storages,
+        plant.controller,
+        plant.cluster,
+        deployment=cast("Deployment", deployment),
+    )
+    before = service.settings
+    changed = before.model_copy(update={"serving": ServingSettings(port=8102)})
+    with pytest.raises(Unavailable, match="something else listens there"):
+        service.answer(Reload(settings=changed))
+    assert (service.settings, deployment.followed) == (before, 0)
+    assert not (Path(before.state_dir) / SETTINGS_FILE).exists()
 
 
 def test_tasks_of_main_that_a_new_task_database_does_not_know_are_counted(

@@ -76,6 +76,7 @@ def test_the_commands_are_these() -> None:
         "rollback-task",
         "export",
         "scores",
+        "flipped",
         "capacity",
     }
     of_people = {"whoami", "audit", "login", "token", "context"}

@@ -23,11 +23,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from configs.errors import InvalidInput, Unavailable
 from configs.log_lines import trace_id_of
 from configs.settings import TracingSettings
+from orchestrator.alarms import AlarmCode, Alarms
 from orchestrator.reports import traces as module
 from orchestrator.reports.spans import caller_of
 from orchestrator.reports.traces import HEADERS, Traces
 from orchestrator.tasks.task_rows import LifeEvent
 from orchestrator.tasks.trace_book import TraceBook
+from orchestrator.watch import Watch
 from tests.orchestrator.plant import Plant
 from tests.orchestrator.receiver import Receiver
 from tests.orchestrator.site import TOKEN, Site
@@ -282,7 +284,14 @@ def test_a_collector_that_refuses_is_asked_again_and_misses_nothing(
     collector.close()
 
 
-def test_a_collector_that_hangs_or_is_gone_holds_up_nothing(
+class Quiet:
+    """A mirror of which there is nothing to tell."""
+
+    error = ""
+    working_since = 0.0
+
+
+def test_a_collector_that_hangs_or_is_gone_rings_and_holds_up_nothing(
     bare_site: Site, collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.2)
@@ -308,11 +317,18 @@ def test_a_collector_that_hangs_or_is_gone_holds_up_nothing(
         while "ConnectionRefusedError" not in teller.error:
             assert time.monotonic() < until
             time.sleep(0.01)
+        alarms = Alarms()
+        watch = Watch(alarms, plant.controller, Quiet(), teller, str, None)
+        watch.look(time.time())
+        (rings,) = (alarm for alarm in alarms if alarm.code == AlarmCode.TRACES_BEHIND)
+        assert "ConnectionRefusedError" in rings.what
         well = Collector()
         endpoint[0] = well.url
-        while teller.behind or not well.came:
+        while teller.behind or teller.error or not well.came:
             assert time.monotonic() < until
             time.sleep(0.01)
+    watch.look(time.time())
+    assert AlarmCode.TRACES_BEHIND not in {alarm.code for alarm in alarms}
     stop.set()
     thread.join(10)
     assert facts(well.of(plant.get("red/alpha").task_id)["task"])["state"] == "published"

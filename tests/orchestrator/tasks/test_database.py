@@ -31,6 +31,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "tasks": lambda q: q.tasks(),
     "page": lambda q: q.page(limit=5),
     "among": lambda q: q.among([KNOWN]),
+    "teams_of": lambda q: q.teams_of([KNOWN]),
     "changes": lambda q: q.changes(1),
     "known": lambda q: q.known([KNOWN]),
     "teams": lambda q: q.teams(),
@@ -57,6 +58,7 @@ READS: dict[str, Callable[[TaskQueue], Any]] = {
     "use_of_teams": lambda q: q.use_of_teams(5.0),
     "gpu_use_of_teams": lambda q: q.gpu_use_of_teams(5.0),
     "spent": lambda q: q.spent(KNOWN),
+    "spent_by": lambda q: q.spent_by([KNOWN]),
     "with_deadline": lambda q: q.with_deadline(),
 }
 WRITES: dict[str, Callable[[TaskQueue], Any]] = {

@@ -45,14 +45,14 @@ def test_what_agrees() -> None:
 def test_several_replicas_are_summed_and_one_that_compares_an_older_pair_is_left_out() -> None:
     replicas = [Comparison(3, 4), Comparison(3, 4), Comparison(2, 3)]
     for number, one in enumerate(replicas):
-        one.took(one.versions[1], 0.1 * (number + 1))
-        one.took(one.versions[0], 0.5)
+        one.took(one.versions[1], 0.1 * (number + 1), ["team/a", "team/a"])  # two rows of one request
+        one.took(one.versions[0], 0.5, ["team/a"])
         one.both("team/a", Answer("t", 3, label="x"), Answer("t", 4, label="xy"[number % 2]))
     replicas[0].failed()
     found = summed([{"canary": one.as_dict()} for one in replicas] + [{"canary": None}])
     assert found is not None
     assert (found["main_version"], found["version"], found["failed"]) == (3, 4, 1)
-    assert found["tasks"] == {"team/a": {"rows": 2, "agreed": 1}}
+    assert found["tasks"] == {"team/a": {"requests": 2, "rows": 2, "agreed": 1}}
     assert found["canary"] == {"requests": 2, "p50_seconds": 0.2, "p99_seconds": 0.2}  # the slower replica's
     assert summed([{"canary": None}]) is None
 
