@@ -1,0 +1,7 @@
+"""Tables."""
+
+from pathlib import Path
+
+
+def write(results: Path) -> None:
+    """Nothing yet."""

@@ -1,0 +1,284 @@
+"""The rows of the table: ways to learn a stream of tasks, each a function from a stream to what it serves afterwards.
+
+Adapters of one seed are trained once: every way that only merges starts from those of `separate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.real_streams import Case, name_of, race
+from benchmarks.streams.joint import jointly
+from benchmarks.streams.kept import Made, digest_of, identity
+from benchmarks.streams.orders import Stream
+from benchmarks.streams.workshop import Workshop, at_rate, nothing
+from configs.settings import SubspaceSettings
+from subspace_store import Adapter, ModuleUpdate, SubspaceStore, adapter_to_bytes
+from subspace_store.digests import digest
+from subspace_store.merging.variants import Variant, merge_all
+from tests.subspace_store.builders import fresh_storage, merged
+from workers.methods import Given
+from workers.methods.factors import ADAPTER, lora_layers
+from workers.rows.task_data import Row
+
+RANK = 8
+
+Modules = Mapping[str, ModuleUpdate]
+Served = Mapping[int, Mapping[str, Adapter]]
+"""Version, counted from 1 as tasks come, to task to the adapter that serves it."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a way serves, and what it took."""
+
+    served: Served
+    delivered: Mapping[str, Adapter]
+    """Task to its adapter before merging; empty where nothing is merged."""
+    trained_numbers: float
+    """Numbers of the update that a task's training moves, mean over tasks."""
+    shared_numbers: int
+    """Stored for all tasks together: a basis, or one adapter."""
+    own_numbers: int
+    """Stored for single tasks, heads apart."""
+    seconds: float
+    """Training and merging, one core, scores apart."""
+    notes: tuple[str, ...] = ()
+
+
+def separate(shop: Workshop, stream: Stream) -> Learned:
+    """A LoRA for each task: the reference."""
+    found = _loras(shop, stream)
+    return _apart(stream, found)
+
+
+def heads(shop: Workshop, stream: Stream) -> Learned:
+    """The base model as it is, with a trained head for each task."""
+
+    def learn(cases: Iterable[Case]) -> dict[str, Made]:
+        return {case.spec.name: shop.train(case, "head", change=_freeze) for case in cases}
+
+    rate = shop.rate("head", lambda cases: _adapters(learn(cases)))
+    return _apart(stream, learn(at_rate(case, rate) for case in stream.cases))
+
+
+def sequential(shop: Workshop, stream: Stream, name: str = "sequential") -> Learned:
+    """One LoRA that is trained on task after task; each task keeps its head."""
+
+    def learn(cases: Iterable[Case]) -> dict[str, Made]:
+        found: dict[str, Made] = {}
+        before: Adapter | None = None
+        for case in cases:
+            change = _from(before.modules) if before else nothing
+            made = shop.train(case, name, of=_digest(before), change=change)
+            found[case.spec.name], before = made, made.adapter
+        return found
+
+    def at_end(cases: Sequence[Case]) -> Mapping[str, Adapter]:
+        found = _adapters(learn(cases))
+        last = found[cases[-1].spec.name].modules
+        return {task: replace(adapter, modules=last) for task, adapter in found.items()}
+
+    rate = shop.rate(name, at_end)
+    found = learn(at_rate(case, rate) for case in stream.cases)
+    return _one(stream, found, [found[case.spec.name].adapter.modules for case in stream.cases])
+
+
+def joint(shop: Workshop, stream: Stream) -> Learned:
+    """One LoRA that is trained on all tasks at once, in turns: no stream, a reference."""
+    cases = [at_rate(case, _lora_rate(shop)) for case in stream.cases]
+    train = functools.cache(lambda: jointly(shop.base, cases))
+    of = digest_of(*sorted(identity(case) for case in cases))
+    found = {
+        case.spec.name: shop.kept.made(case, "joint", of, lambda name=case.spec.name: train()[name]) for case in cases
+    }
+    whole = _adapters(found)
+    numbers = next(iter(whole.values())).parameter_count
+    seconds = sum(made.seconds for made in found.values())
+    return Learned({len(cases): whole}, {}, numbers, numbers, 0, seconds)
+
+
+def one_for_all(variant: Variant) -> Way:
+    """One adapter for all tasks, made of theirs whenever one comes; each keeps its head."""
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        found, started = _loras(shop, stream), time.perf_counter()
+        settings, adapters, versions = SubspaceSettings(rank_fixed=RANK), _adapters(found), []
+        for count in range(1, len(stream.cases) + 1):
+            some = dict(list(adapters.items())[:count])
+            versions.append(next(iter(merge_all(some, variant, settings).updates.values())))
+        learned = _one(stream, found, versions)
+        return replace(learned, delivered=adapters, seconds=learned.seconds + time.perf_counter() - started)
+
+    return way
+
+
+def merged_loras(**settings: Any) -> Way:
+    """Separate LoRAs, merged into the subspace as they come."""
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        store = _store(shop, SubspaceSettings.model_validate(settings))
+        return _in_store(store, stream, lambda case: _loras(shop, stream)[case.spec.name])
+
+    return way
+
+
+def gated(shop: Workshop, stream: Stream) -> Learned:
+    """CoDyRA's adapters (gates start at 1), merged into the subspace under default settings."""
+
+    def learn(cases: Iterable[Case]) -> dict[str, Made]:
+        return {case.spec.name: shop.train(case, "codyra", method="codyra") for case in cases}
+
+    rate = shop.rate("codyra", lambda cases: _adapters(learn(cases)))
+    found = learn(at_rate(case, rate) for case in stream.cases)
+    return _in_store(_store(shop, SubspaceSettings()), stream, lambda case: found[case.spec.name])
+
+
+def auto(shop: Workshop, stream: Stream) -> Learned:
+    """The default settings: each task is raced in the basis that those before it have left, and merged."""
+    store, rate, notes = _store(shop, SubspaceSettings()), _lora_rate(shop), []
+
+    def raced(case: Case) -> Made:
+        case, seconds, numbers = at_rate(case, rate), 0.0, {}
+
+        def train(method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
+            nonlocal seconds
+            where = name_of(given) if given.version else ""
+            made = shop.train(case, method, rows, method=method, of=where, given=given)
+            seconds += made.seconds
+            numbers[method] = made.numbers
+            return made.adapter
+
+        found = race(shop.base, case, store, train)
+        notes.append(f"{case.spec.name}: {found.form.method} at {found.form.share:g} of {' and '.join(found.compared)}")
+        return Made(found.adapter, numbers[found.form.method], seconds)
+
+    return replace(_in_store(store, stream, raced), notes=tuple(notes))
+
+
+Way = Callable[[Workshop, Stream], Learned]
+WAYS: Mapping[str, Way] = {
+    "separate": separate,
+    "heads": heads,
+    "mean": one_for_all("mean"),
+    "ties": one_for_all("ties"),
+    "paper-16": merged_loras(variant="paper", rank_fixed=16),
+    "paper-32": merged_loras(variant="paper", rank_fixed=32),
+    "canonical-16": merged_loras(rank_fixed=16),
+    "canonical-32": merged_loras(rank_fixed=32),
+    "ours-lora": merged_loras(),
+    "auto": auto,
+    "sequential": sequential,
+    "joint": joint,
+    "codyra": gated,
+}
+"""Name of a row to how it is made."""
+TITLES: Mapping[str, str] = {
+    "separate": "separate LoRA of rank 8 (reference)",
+    "heads": "base model, trained heads",
+    "mean": "mean of all adapters",
+    "ties": "TIES of all adapters",
+    "paper-16": "Share, the paper's form, k = 16",
+    "paper-32": "Share, the paper's form, k = 32",
+    "canonical-16": "onebasis, LoRAs merged, fixed k = 16",
+    "canonical-32": "onebasis, LoRAs merged, fixed k = 32",
+    "ours-lora": "onebasis, LoRAs merged, default promise",
+    "auto": "**onebasis, default settings**",
+    "sequential": "one LoRA, task after task",
+    "joint": "one LoRA, all tasks at once (reference)",
+    "codyra": "CoDyRA's adapters, merged by onebasis",
+}
+
+
+def _lora_rate(shop: Workshop) -> float:
+    return shop.rate("lora", lambda cases: {c.spec.name: shop.train(c, "lora").adapter for c in cases})
+
+
+def _loras(shop: Workshop, stream: Stream) -> dict[str, Made]:
+    rate = _lora_rate(shop)
+    return {case.spec.name: shop.train(at_rate(case, rate), "lora") for case in stream.cases}
+
+
+def _adapters(found: Mapping[str, Made]) -> dict[str, Adapter]:
+    return {task: made.adapter for task, made in found.items()}
+
+
+def _apart(stream: Stream, found: Mapping[str, Made]) -> Learned:
+    """Adapters that nothing changes."""
+    adapters = _adapters(found)
+    served = {v: dict(list(adapters.items())[:v]) for v in range(1, len(stream.cases) + 1)}
+    own = sum(u.numbers for adapter in adapters.values() for u in adapter.modules.values() if u.energy)
+    numbers, seconds = _took(found)
+    return Learned(served, {}, numbers, 0, own, seconds)
+
+
+def _one(stream: Stream, found: Mapping[str, Made], versions: Sequence[Modules]) -> Learned:
+    """One update for all tasks that are there, version by version."""
+    adapters = _adapters(found)
+    served = {
+        v: {task: replace(adapter, modules=modules) for task, adapter in list(adapters.items())[:v]}
+        for v, modules in enumerate(versions, start=1)
+    }
+    numbers, seconds = _took(found)
+    return Learned(served, {}, numbers, sum(update.numbers for update in versions[-1].values()), 0, seconds)
+
+
+def _in_store(store: SubspaceStore, stream: Stream, learn: Callable[[Case], Made]) -> Learned:
+    """Learn and merge one task after another."""
+    found: dict[str, Made] = {}
+    served: dict[int, dict[str, Adapter]] = {}
+    merging = 0.0
+    for version, case in enumerate(stream.cases, start=1):
+        found[case.spec.name] = learn(case)
+        started = time.perf_counter()
+        merged(store, {case.spec.name: found[case.spec.name].adapter})
+        merging += time.perf_counter() - started
+        served[version] = {task: store.adapter(task, version) for task in found}
+    foot = store.footprint(len(stream.cases))
+    numbers, seconds = _took(found)
+    own = foot.coefficient_numbers + foot.private_numbers
+    return Learned(served, _adapters(found), numbers, foot.basis_numbers, own, seconds + merging)
+
+
+def _took(found: Mapping[str, Made]) -> tuple[float, float]:
+    """Numbers that were trained for a task, mean, and the seconds of all trainings."""
+    return sum(made.numbers for made in found.values()) / len(found), sum(made.seconds for made in found.values())
+
+
+def _store(shop: Workshop, settings: SubspaceSettings) -> SubspaceStore:
+    return SubspaceStore.open(fresh_storage(), settings=settings, base_model=shop.base.name, writer="benchmark")
+
+
+def _digest(adapter: Adapter | None) -> str:
+    return digest(adapter_to_bytes(adapter)) if adapter else ""
+
+
+def _freeze(model: Any) -> None:
+    for layer in lora_layers(model).values():
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+
+
+def _from(modules: Modules) -> Callable[[Any], None]:
+    """Start from factors that were trained before, as they were."""
+
+    def change(model: Any) -> None:
+        for name, layer in lora_layers(model).items():
+            left_NR, a_RD = modules[name].raw()
+            put(layer.lora_B[ADAPTER].weight, left_NR / layer.scaling[ADAPTER])
+            put(layer.lora_A[ADAPTER].weight, a_RD)
+
+    return change
+
+
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Change a parameter in place."""
+    with torch.no_grad():
+        parameter.copy_(values)

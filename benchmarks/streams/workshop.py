@@ -1,0 +1,119 @@
+"""What every row of the table is made with: a base model, the folder of what is there already, and learning rates.
+
+A method's learning rate is the one of `GRID` whose adapters score best on the validation rows of `GRID_TASKS`. These
+rows are a part of the training rows: nothing is chosen by the rows that scores are reported on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks import real_streams
+from benchmarks.real_streams import Case
+from benchmarks.streams.kept import Kept, Made
+from benchmarks.streams.orders import Stream
+from subspace_store import Adapter
+from workers.base_model import BaseModel
+from workers.evaluation import score_adapter
+from workers.methods import NOTHING, Given
+from workers.methods.factors import trainable_numbers
+from workers.rows.task_data import Row
+from workers.rows.validation import set_aside
+
+GRID = (0.001, 0.003, 0.008)
+GRID_TASKS = ("trec6", "cola", "sst2")
+"""Short texts: three trainings of each for every method."""
+
+Change = Callable[[Any], None]
+"""What is done to a prepared model before its first step."""
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+@dataclass
+class Workshop:
+    """Trains and scores, each thing once."""
+
+    base: BaseModel
+    kept: Kept
+    grid: Stream
+    """Tasks by which learning rates are chosen."""
+    say: Callable[[str], None]
+    _rates: dict[str, dict[float, float]] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> Mapping[str, Mapping[float, float]]:
+        """Method to rate to score on the validation rows, of those that were asked for."""
+        return self._rates
+
+    def train(
+        self,
+        case: Case,
+        what: str,
+        rows: Sequence[Row] | None = None,
+        *,
+        method: str = "lora",
+        of: str = "",
+        given: Given = NOTHING,
+        change: Change = nothing,
+    ) -> Made:
+        """The task's adapter.
+
+        Args:
+            what: Name of the way, see `Kept.made`.
+            rows: Default: all training rows.
+            of: What it depends on beside the task and its rows.
+            change: See `real_streams.made`.
+        """
+        chosen = case if rows is None else replace(case, train=tuple(rows))
+        numbers = 0
+
+        def changed(model: Any) -> None:
+            nonlocal numbers
+            change(model)
+            numbers = sum(trainable_numbers(model).values())
+
+        def make() -> tuple[Adapter, int]:
+            adapter = real_streams.made(self.base, chosen, method, chosen.train, given, changed)
+            return adapter, numbers
+
+        return self.kept.made(chosen, what, of, make)
+
+    def score(self, adapter: Adapter, case: Case) -> float:
+        """In the task's own metric, on its test rows."""
+        return self.kept.score(adapter, case, "test", lambda: real_streams.score(self.base, adapter, case))
+
+    def on_validation(self, adapter: Adapter, case: Case) -> float:
+        """In the task's own metric, on the validation rows that are set aside of its training rows."""
+        rows = set_aside(case.train)[1]
+        return self.kept.score(
+            adapter, case, "validation", lambda: score_adapter(self.base, adapter, rows, case.spec).value
+        )
+
+    def rate(self, name: str, learn: Callable[[Sequence[Case]], Mapping[str, Adapter]]) -> float:
+        """The learning rate of a method.
+
+        Args:
+            learn: Learns tasks one after another, on the rows that it is given, and tells what serves each at the end.
+        """
+        if name not in self._rates:
+            found = {}
+            for rate in GRID:
+                whole = [at_rate(case, rate) for case in self.grid.cases]
+                served = learn([replace(case, train=tuple(set_aside(case.train)[0])) for case in whole])
+                found[rate] = statistics.fmean(self.on_validation(served[c.spec.name], c) for c in whole)
+            self._rates[name] = found
+            told = ", ".join(f"{rate}: {score:.3f}" for rate, score in found.items())
+            self.say(f"learning rates of {name}, mean score on validation rows: {told}")
+        return max(self._rates[name], key=self._rates[name].__getitem__)
+
+
+def at_rate(case: Case, rate: float) -> Case:
+    """The task with a learning rate."""
+    training = case.spec.training.model_copy(update={"learning_rate": rate})
+    return replace(case, spec=case.spec.model_copy(update={"training": training}))
