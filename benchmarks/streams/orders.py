@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.real_adapters import read, text_task
 from benchmarks.real_streams import Case
+from benchmarks.streams.kept import Made
 from configs.task_spec import Metric, TrainingSpec
 
 TEN = ("trec6", "cola", "sst2", "stsb", "mrpc", "banking77", "ag_news", "qnli", "mnli", "rte")
@@ -29,24 +30,32 @@ class Length:
     """How long each task is trained, and how much of it is read."""
 
     steps: int = 60
-    train_rows: int = 2000
-    test_rows: int = 300
-    max_length: int = 40
+    train_rows: int = 1200
+    test_rows: int = 200
+    max_length: int = 32
     rows_per_step: int = 16
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order in which they come, and the seed of all their trainings."""
+    """Tasks in the order in which they come."""
 
     name: str
     cases: tuple[Case, ...]
-    seed: int
+    at_once: int = 1
+    """Tasks of one merge."""
+    loras: Mapping[str, Made] = field(default_factory=dict)
+    """Task to its LoRA, where adapters come and no rows."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many tasks are there after each merge."""
+        return (*range(self.at_once, len(self.cases), self.at_once), len(self.cases))
 
 
 def stream(data: Path, name: str, seed: int, length: Length) -> Stream:
     """A stream of `ORDERS`."""
-    return Stream(name, tuple(_case(data, task, seed, length) for task in ORDERS[name]), seed)
+    return Stream(name, tuple(_case(data, task, seed, length) for task in ORDERS[name]))
 
 
 def _case(data: Path, name: str, seed: int, length: Length) -> Case:

@@ -1,8 +1,9 @@
 """The honest table: `make bench-streams BENCH="--data FOLDER"` writes benchmarks/results/streams/ and docs/quality.md.
 
-    --orders ten,glue      streams of benchmarks/streams/orders.py, one after another
+    --orders ten,glue      streams of benchmarks/streams/orders.py, one after another; or hundred: adapters only
     --seeds 0,1,2          seeds of all trainings, of which all rows are done before the next one begins
     --rows separate,auto   rows of benchmarks/streams/ways.py; default: all
+    --adapters FOLDER      the adapters of `hundred`, see benchmarks/streams/hundred.py
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
     --all-versions         score every task under every version, not only under its first and the last
     --report               only write table, plots and summary anew, of what was measured
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.real_streams import base_model  # noqa: E402
 from benchmarks.streams import report  # noqa: E402
+from benchmarks.streams.hundred import hundred  # noqa: E402
 from benchmarks.streams.kept import Kept  # noqa: E402
 from benchmarks.streams.orders import ORDERS, Length, Stream, stream  # noqa: E402
 from benchmarks.streams.table import figures  # noqa: E402
@@ -55,7 +57,7 @@ def main() -> None:
 def measure(asked: argparse.Namespace, order: str, seed: int, length: Length) -> None:
     """All rows of one stream with one seed."""
     shop = Workshop(base_model(), Kept(asked.keep / "minilm", say), grid(asked.data, length), say)
-    on = stream(asked.data, order, seed, length)
+    on = hundred(asked.data, asked.adapters) if order == "hundred" else stream(asked.data, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
         learned = WAYS[name](shop, on)
@@ -71,7 +73,7 @@ def grid(data: Path, length: Length) -> Stream:
     """The tasks by which learning rates are chosen, with the first seed."""
     of_ten = stream(data, "ten", 0, length)
     chosen = [case for case in of_ten.cases if case.spec.name in GRID_TASKS]
-    return Stream("grid", tuple(chosen), 0)
+    return Stream("grid", tuple(chosen))
 
 
 def write(order: str, seed: int, name: str, found: dict[str, Any], shop: Workshop, on: Stream, length: Length) -> None:
@@ -99,8 +101,9 @@ def arguments() -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--adapters", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity/related")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-streams")
-    parser.add_argument("--orders", type=_names(ORDERS), default=["ten"])
+    parser.add_argument("--orders", type=_names((*ORDERS, "hundred")), default=["ten"])
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int, default=Length.steps)

@@ -111,7 +111,7 @@ def one_for_all(variant: Variant) -> Way:
     def way(shop: Workshop, stream: Stream) -> Learned:
         found, started = _loras(shop, stream), time.perf_counter()
         settings, adapters, versions = SubspaceSettings(rank_fixed=RANK), _adapters(found), []
-        for count in range(1, len(stream.cases) + 1):
+        for count in stream.counts:
             some = dict(list(adapters.items())[:count])
             versions.append(next(iter(merge_all(some, variant, settings).updates.values())))
         learned = _one(stream, found, versions)
@@ -124,8 +124,8 @@ def merged_loras(**settings: Any) -> Way:
     """Separate LoRAs, merged into the subspace as they come."""
 
     def way(shop: Workshop, stream: Stream) -> Learned:
-        store = _store(shop, SubspaceSettings.model_validate(settings))
-        return _in_store(store, stream, lambda case: _loras(shop, stream)[case.spec.name])
+        found, store = _loras(shop, stream), _store(shop, SubspaceSettings.model_validate(settings))
+        return _in_store(store, stream, lambda case: found[case.spec.name])
 
     return way
 
@@ -202,6 +202,8 @@ def _lora_rate(shop: Workshop) -> float:
 
 
 def _loras(shop: Workshop, stream: Stream) -> dict[str, Made]:
+    if stream.loras:
+        return dict(stream.loras)
     rate = _lora_rate(shop)
     return {case.spec.name: shop.train(at_rate(case, rate), "lora") for case in stream.cases}
 
@@ -213,7 +215,7 @@ def _adapters(found: Mapping[str, Made]) -> dict[str, Adapter]:
 def _apart(stream: Stream, found: Mapping[str, Made]) -> Learned:
     """Adapters that nothing changes."""
     adapters = _adapters(found)
-    served = {v: dict(list(adapters.items())[:v]) for v in range(1, len(stream.cases) + 1)}
+    served = {v: dict(list(adapters.items())[:count]) for v, count in enumerate(stream.counts, start=1)}
     own = sum(u.numbers for adapter in adapters.values() for u in adapter.modules.values() if u.energy)
     numbers, seconds = _took(found)
     return Learned(served, {}, numbers, 0, own, seconds)
@@ -223,25 +225,26 @@ def _one(stream: Stream, found: Mapping[str, Made], versions: Sequence[Modules])
     """One update for all tasks that are there, version by version."""
     adapters = _adapters(found)
     served = {
-        v: {task: replace(adapter, modules=modules) for task, adapter in list(adapters.items())[:v]}
-        for v, modules in enumerate(versions, start=1)
+        v: {task: replace(adapter, modules=modules) for task, adapter in list(adapters.items())[:count]}
+        for v, (count, modules) in enumerate(zip(stream.counts, versions, strict=True), start=1)
     }
     numbers, seconds = _took(found)
     return Learned(served, {}, numbers, sum(update.numbers for update in versions[-1].values()), 0, seconds)
 
 
 def _in_store(store: SubspaceStore, stream: Stream, learn: Callable[[Case], Made]) -> Learned:
-    """Learn and merge one task after another."""
+    """Learn and merge the tasks as they come."""
     found: dict[str, Made] = {}
     served: dict[int, dict[str, Adapter]] = {}
     merging = 0.0
-    for version, case in enumerate(stream.cases, start=1):
-        found[case.spec.name] = learn(case)
+    for version, count in enumerate(stream.counts, start=1):
+        fresh = {case.spec.name: learn(case) for case in stream.cases[len(found) : count]}
         started = time.perf_counter()
-        merged(store, {case.spec.name: found[case.spec.name].adapter})
+        merged(store, _adapters(fresh), op_key=f"merge {version}")
         merging += time.perf_counter() - started
+        found |= fresh
         served[version] = {task: store.adapter(task, version) for task in found}
-    foot = store.footprint(len(stream.cases))
+    foot = store.footprint(len(stream.counts))
     numbers, seconds = _took(found)
     own = foot.coefficient_numbers + foot.private_numbers
     return Learned(served, _adapters(found), numbers, foot.basis_numbers, own, seconds + merging)
