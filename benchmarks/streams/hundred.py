@@ -18,6 +18,8 @@ from benchmarks.streams.orders import Stream
 from subspace_store import adapter_from_bytes
 
 ADAPTERS, AT_ONCE = 100, 10
+ONE_IN = 2
+"""One of so many test rows of each task is scored on: there are a hundred tasks."""
 FILE = re.compile(r"banking-(?P<number>\d+)-(?P<kind>lora-all|lora|share-all|share)(-in-[0-9a-f]+)?")
 KINDS = ("lora-all", "lora", "share-all", "share")
 
@@ -39,4 +41,4 @@ def hundred(data: Path, folder: Path, count: int = ADAPTERS, at_once: int = AT_O
 
 
 def _named(case: Case, name: str) -> Case:
-    return replace(case, spec=case.spec.model_copy(update={"name": name}))
+    return replace(case, spec=case.spec.model_copy(update={"name": name}), test=case.test[::ONE_IN])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,9 +53,9 @@ class Stream:
         return (*range(self.at_once, len(self.cases), self.at_once), len(self.cases))
 
 
-def stream(data: Path, name: str, seed: int, length: Length) -> Stream:
-    """A stream of `ORDERS`."""
-    return Stream(name, tuple(_case(data, task, seed, length) for task in ORDERS[name]))
+def stream(data: Path, name: str, tasks: Sequence[str], seed: int, length: Length) -> Stream:
+    """Some text sets of a folder, in this order, each learnt with this seed."""
+    return Stream(name, tuple(_case(data, task, seed, length) for task in tasks))
 
 
 def _case(data: Path, name: str, seed: int, length: Length) -> Case:

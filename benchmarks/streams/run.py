@@ -6,7 +6,9 @@
     --adapters FOLDER      the adapters of `hundred`, see benchmarks/streams/hundred.py
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
     --all-versions         score every task under every version, not only under its first and the last
-    --report               only write table, plots and summary anew, of what was measured
+    --results FOLDER       one file for each stream, and summary.json; default: benchmarks/results/streams
+    --docs FOLDER          where quality.md gets its tables and plots; default: docs
+    --report               write tables, plots and summary.json anew and measure nothing
 
 Trainings, merges and scores are the service's own code, in this process on one thread; the queue and the workers'
 processes are left out. Hours on one core: see docs/quality.md for what was run.
@@ -30,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.real_streams import base_model  # noqa: E402
+from benchmarks.real_streams import base_model, keep  # noqa: E402
 from benchmarks.streams import report  # noqa: E402
 from benchmarks.streams.hundred import hundred  # noqa: E402
 from benchmarks.streams.kept import Kept  # noqa: E402
@@ -39,49 +41,46 @@ from benchmarks.streams.table import figures  # noqa: E402
 from benchmarks.streams.ways import WAYS  # noqa: E402
 from benchmarks.streams.workshop import GRID_TASKS, Workshop  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results/streams"
 REFERENCE = "separate"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure what is asked for, row by row, and write each as soon as it is known."""
-    asked = arguments()
+    asked = arguments(argv)
     if not asked.report:
         length = Length(steps=asked.steps)
         for seed in asked.seeds:
             for order in asked.orders:
                 measure(asked, order, seed, length)
-    report.write(RESULTS)
+    report.write(asked.results, asked.docs)
 
 
 def measure(asked: argparse.Namespace, order: str, seed: int, length: Length) -> None:
     """All rows of one stream with one seed."""
-    shop = Workshop(base_model(), Kept(asked.keep / "minilm", say), grid(asked.data, length), say)
-    on = hundred(asked.data, asked.adapters) if order == "hundred" else stream(asked.data, order, seed, length)
+    grid = stream(asked.data, "grid", GRID_TASKS, 0, length)
+    shop = Workshop(base_model(), Kept(asked.keep / "minilm", say), grid, say)
+    on = hundred(asked.data, asked.adapters) if order == "hundred" else listed(asked, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
         learned = WAYS[name](shop, on)
         found = figures(shop, on, learned, {} if name == REFERENCE else reference, whole=asked.all_versions)
-        write(order, seed, name, found, shop, on, length)
+        write(asked.results / f"{order}.json", seed, name, found, shop, on, length)
         say(
             f"{order} seed {seed} {name}: average {found['average']:.4f}, loss {found['mean_loss_points']:.2f} points, "
-            f"forgetting {found['forgetting_points']:.2f}, {found['bytes_shared'] + found['bytes_own']:,} bytes"
+            f"forgetting {found['forgetting_points']}, {found['bytes_shared'] + found['bytes_own']:,} bytes"
         )
 
 
-def grid(data: Path, length: Length) -> Stream:
-    """The tasks by which learning rates are chosen, with the first seed."""
-    of_ten = stream(data, "ten", 0, length)
-    chosen = [case for case in of_ten.cases if case.spec.name in GRID_TASKS]
-    return Stream("grid", tuple(chosen))
+def listed(asked: argparse.Namespace, order: str, seed: int, length: Length) -> Stream:
+    """A stream of `ORDERS`."""
+    return stream(asked.data, order, ORDERS[order], seed, length)
 
 
-def write(order: str, seed: int, name: str, found: dict[str, Any], shop: Workshop, on: Stream, length: Length) -> None:
+def write(file: Path, seed: int, name: str, found: dict[str, Any], shop: Workshop, on: Stream, length: Length) -> None:
     """Put a row into the stream's file, beside those that are there."""
-    file = RESULTS / f"{order}.json"
     known = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "learning_rates": {}}
     known |= {
-        "stream": order,
+        "stream": on.name,
         "tasks": [case.spec.name for case in on.cases],
         "metrics": {case.spec.name: case.spec.metric for case in on.cases},
         "test_rows": {case.spec.name: len(case.test) for case in on.cases},
@@ -94,10 +93,10 @@ def write(order: str, seed: int, name: str, found: dict[str, Any], shop: Worksho
     }
     known["rows"].setdefault(name, {})[str(seed)] = found
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n")
+    keep(file, (json.dumps(known, indent=1) + "\n").encode())
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -108,8 +107,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int, default=Length.steps)
     parser.add_argument("--all-versions", action="store_true")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/streams")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--report", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     if not asked.report and asked.data is None:
         parser.error("the streams are made of text sets: give their folder with --data")
     return asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.streams.orders import Stream
@@ -46,10 +46,10 @@ def figures(
         "loss_points": losses,
         "mean_loss_points": statistics.fmean(losses.values()),
         "worst_loss_points": min(losses.values()),
-        "normalised": normalised(scores, own),
-        "backward_transfer_points": 100 * report.backward_transfer.value,
-        "forgetting_points": 100 * report.forgetting.value,
-        "merge_gap_points": 100 * report.merge_gap.value,
+        "normalised": known(normalised(scores, own)),
+        "backward_transfer_points": known(100 * report.backward_transfer.value),
+        "forgetting_points": known(100 * report.forgetting.value),
+        "merge_gap_points": known(100 * report.merge_gap.value),
         "trained_numbers": learned.trained_numbers,
         "bytes_shared": BYTES_PER_NUMBER * learned.shared_numbers,
         "bytes_own": BYTES_PER_NUMBER * learned.own_numbers,
@@ -57,6 +57,11 @@ def figures(
         "seconds": learned.seconds,
         "notes": learned.notes,
     }
+
+
+def known(value: float) -> float | None:
+    """None where nothing was measured: JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> float:
@@ -82,9 +87,3 @@ def score_table(shop: Workshop, stream: Stream, learned: Learned, *, whole: bool
                 case = cases[task]
                 cells[version][task] = Cell(shop.score(adapter, case), len(case.test), version)
     return ScoreTable(versions, tasks, birth, cells)
-
-
-def over_seeds(rows: Sequence[Figures], key: str) -> tuple[float, float]:
-    """Mean of a column over seeds, and its standard deviation; NaN with one seed."""
-    values = [row[key] for row in rows]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan

@@ -1,0 +1,140 @@
+"""A tiny stream from its rows to the page: two tasks of 120 rows, two steps each, on the real MiniLM."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.streams import orders, report, run
+from benchmarks.streams.hundred import hundred
+from benchmarks.streams.table import normalised
+from subspace_store import adapter_to_bytes
+from tests.subspace_store.builders import random_adapter
+
+MODULES, WIDTH = 12, 384
+ROWS = ("separate", "mean", "paper-16", "auto", "sequential", "joint")
+PAGE = """# Quality
+
+<!-- table four -->
+old
+<!-- end -->
+
+<!-- scores ten -->
+old
+<!-- end -->
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text sets of the folder's form, some of classes and one of numbers."""
+    folder = tmp_path_factory.mktemp("text")
+    said = ("why was I charged", "where is my card", "my top-up is pending", "cash was short")
+    rows = [{"text": f"{said[i % 4]} {i}", "label": i % 2} for i in range(140)]
+    for name in ("trec6", "banking77"):
+        count = 77 if name == "banking77" else 2
+        labelled = [row | {"label": i % count} for i, row in enumerate(rows)] if count == 77 else rows
+        put(folder / name, labelled, "single", [f"label {i}" for i in range(count)])
+    put(
+        folder / "stsb", [r | {"text_b": "a card", "label": (i % 9) / 2} for i, r in enumerate(rows)], "pair-regression"
+    )
+    return folder
+
+
+def put(folder: Path, rows: list[dict[str, Any]], kind: str, labels: list[str] | None = None) -> None:
+    folder.mkdir()
+    (folder / "meta.json").write_text(
+        json.dumps({"name": folder.name, "kind": kind, "label_names": labels, "n_train": 120})
+    )
+    for part, some in (("train", rows[:120]), ("test", rows[120:])):
+        with gzip.open(folder / f"{part}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in some)
+
+
+def test_a_stream_is_measured_once_and_told_on_the_page(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(orders.ORDERS, "four", ("trec6", "stsb"))  # type: ignore[index]
+    monkeypatch.setattr(run, "GRID_TASKS", ("trec6",))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/quality.md"
+    page.write_text(PAGE)
+    argv = ["--data", str(data), "--orders", "four", "--rows", ",".join(ROWS), "--steps", "2"]
+    argv += [f"--{name}={tmp_path / name}" for name in ("keep", "results", "docs")]
+
+    run.main(argv)
+    found = json.loads((tmp_path / "results/four.json").read_text())
+    rows = {name: found["rows"][name]["0"] for name in ROWS}
+    assert found["tasks"] == ["trec6", "stsb"]
+    assert found["metrics"] == {"trec6": "accuracy", "stsb": "pearson"}
+    assert set(found["learning_rates"]) == {"lora", "sequential"}
+    assert set(found["learning_rates"]["lora"]) == {"0.001", "0.003", "0.008"}
+    # 2 tasks · 12 modules · 8·(384 + 384) numbers of 4 bytes, nothing shared
+    lora = 4 * MODULES * 8 * 2 * WIDTH
+    assert (rows["separate"]["bytes_own"], rows["separate"]["bytes_shared"]) == (2 * lora, 0)
+    assert set(rows["separate"]["loss_points"].values()) == {0.0}
+    assert rows["separate"]["forgetting_points"] == 0.0
+    assert (rows["mean"]["bytes_own"], rows["mean"]["bytes_shared"]) == (0, lora)
+    # of 2 tasks of rank 8 a basis keeps 16 directions a side at most, and 2·16·8 coefficients each in a module
+    assert 0 < rows["paper-16"]["bytes_shared"] <= 4 * MODULES * 16 * 2 * WIDTH
+    assert 0 < rows["paper-16"]["bytes_own"] <= 4 * MODULES * 2 * 2 * 16 * 8
+    assert 0 < rows["auto"]["bytes_own"] + rows["auto"]["bytes_shared"] <= 2 * lora
+    assert rows["joint"]["backward_transfer_points"] is None  # no stream, so nothing came before
+    assert rows["sequential"]["trained_numbers"] == lora / 4
+    assert "trained" in capsys.readouterr().out
+
+    told = page.read_text()
+    assert "| separate LoRA of rank 8 (reference) |" in told
+    assert told.endswith("<!-- scores ten -->\nNot measured.\n<!-- end -->\n")
+    assert json.loads((tmp_path / "results/summary.json").read_text()) == {}  # `ten` was not measured
+    assert (tmp_path / "docs/quality-bytes.png").stat().st_size > 1000
+
+    # Killed while an adapter was written: that one is trained again, to the same bytes, and nothing else is.
+    kept = next((tmp_path / "keep/minilm").glob("stsb-lora-*.safetensors"))
+    before = kept.read_bytes()
+    kept.with_suffix(".json").unlink()
+    with (tmp_path / "keep/minilm/scores.jsonl").open("a") as file:
+        file.write('["cut of')
+    run.main(argv)
+    assert capsys.readouterr().out.count("trained") == 1
+    assert kept.read_bytes() == before
+    again = {name: json.loads((tmp_path / "results/four.json").read_text())["rows"][name]["0"] for name in ROWS}
+    assert {n: r["scores"] for n, r in again.items()} == {n: r["scores"] for n, r in rows.items()}
+
+
+def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
+    def of(first: float, second: float) -> dict[str, Any]:
+        losses = {"a": first, "b": second}
+        return {"loss_points": losses, "mean_loss_points": (first + second) / 2, "forgetting_points": first}
+
+    stream = {
+        "tasks": ["a", "b"],
+        "date": "2026-11-30",
+        "hardware": "none",
+        "rows": {"auto": {"0": of(-1, 1), "1": of(0, -0.5)}},
+    }
+    # a: (−1 + 0) / 2 = −0.5; b: (1 − 0.5) / 2 = 0.25; mean (0 − 0.25) / 2; forgetting (−1 + 0) / 2
+    found = report.summary({"ten": stream})
+    assert found["minilm"]["worst_loss_points"] == -0.5
+    assert found["minilm"]["mean_loss_points"] == -0.125
+    assert found["minilm"]["forgetting_points"] == -0.5
+    assert list(found) == ["minilm"]
+
+
+def test_a_normalised_score_leaves_out_tasks_whose_own_adapter_learnt_nothing() -> None:
+    # 0.6 / 0.8 = 0.75; 0.45 / 0.5 = 0.9; the third has no correlation to keep
+    assert normalised({"a": 0.6, "b": 0.45, "c": 0.1}, {"a": 0.8, "b": 0.5, "c": 0.0}) == pytest.approx(0.825)
+
+
+def test_adapters_come_in_batches_loras_first_and_too_few_are_refused(data: Path, tmp_path: Path) -> None:
+    for stem in ("banking-0-share-in-0a", "banking-1-lora", "banking-0-lora-all", "banking-0-lora-all-r1"):
+        (tmp_path / f"{stem}.safetensors").write_bytes(adapter_to_bytes(random_adapter(0)))
+    found = hundred(data, tmp_path, count=3, at_once=2)
+    assert [case.spec.name for case in found.cases] == ["banking-0-lora-all", "banking-1-lora", "banking-0-share-in-0a"]
+    assert found.counts == (2, 3)
+    with pytest.raises(SystemExit, match="has 3 adapters of related tasks and 4 are needed"):
+        hundred(data, tmp_path, count=4)
