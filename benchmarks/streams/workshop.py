@@ -1,7 +1,7 @@
 """What every row of the table is made with: a base model, the folder of what is there already, and learning rates.
 
-A method's learning rate is the one of `GRID` whose adapters score best on the validation rows of `GRID_TASKS`. These
-rows are a part of the training rows: nothing is chosen by the rows that scores are reported on.
+A method's learning rate is the one of `GRID` whose adapters score best on the validation rows of a few tasks
+(`orders.GRIDS`). These rows are a part of the training rows: nothing is chosen by those that scores are reported on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from workers.rows.task_data import Row
 from workers.rows.validation import set_aside
 
 GRID = (0.001, 0.003, 0.008)
-GRID_TASKS = ("trec6", "sst2")
-"""Short texts from which MiniLM learns: each is trained once for every rate and method."""
-
 Change = Callable[[Any], None]
 """What is done to a prepared model before its first step."""
 

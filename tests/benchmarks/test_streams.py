@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.streams import orders, report, run
+from benchmarks.streams import orders, report, run, workshop
 from benchmarks.streams.hundred import hundred
 from benchmarks.streams.table import normalised
 from subspace_store import adapter_to_bytes
@@ -59,7 +59,8 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(orders.ORDERS, "four", ("trec6", "stsb"))  # type: ignore[index]
-    monkeypatch.setattr(run, "GRID_TASKS", ("trec6",))
+    monkeypatch.setitem(orders.GRIDS, "minilm", ("trec6",))  # type: ignore[index]
+    monkeypatch.setattr(workshop, "GRID", (0.003, 0.008))
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs/quality.md"
     page.write_text(PAGE)
@@ -72,7 +73,7 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     assert found["tasks"] == ["trec6", "stsb"]
     assert found["metrics"] == {"trec6": "accuracy", "stsb": "pearson"}
     assert set(found["learning_rates"]) == {"lora", "sequential"}
-    assert set(found["learning_rates"]["lora"]) == {"0.001", "0.003", "0.008"}
+    assert set(found["learning_rates"]["lora"]) == {"0.003", "0.008"}
     # 2 tasks · 12 modules · 8·(384 + 384) numbers of 4 bytes, nothing shared
     lora = 4 * MODULES * 8 * 2 * WIDTH
     assert (rows["separate"]["bytes_own"], rows["separate"]["bytes_shared"]) == (2 * lora, 0)
