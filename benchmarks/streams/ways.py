@@ -11,21 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks.real_streams import Case, name_of, race
+from benchmarks.streams import serial
 from benchmarks.streams.joint import jointly
 from benchmarks.streams.kept import Made, digest_of, identity
 from benchmarks.streams.orders import Stream
-from benchmarks.streams.workshop import Workshop, at_rate, nothing
+from benchmarks.streams.workshop import Workshop, at_rate
 from configs.settings import SubspaceSettings
 from subspace_store import Adapter, ModuleUpdate, SubspaceStore, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.methods import Given
-from workers.methods.factors import ADAPTER, lora_layers
+from workers.methods.factors import lora_layers
 from workers.rows.task_data import Row
 
 RANK = 8
@@ -69,26 +67,45 @@ def heads(shop: Workshop, stream: Stream) -> Learned:
     return _apart(stream, learn(at_rate(case, rate) for case in stream.cases))
 
 
-def sequential(shop: Workshop, stream: Stream, name: str = "sequential") -> Learned:
+def sequential(shop: Workshop, stream: Stream) -> Learned:
     """One LoRA that is trained on task after task; each task keeps its head."""
+    return _serial(shop, stream, "sequential", serial.go_on, serial.newest)
 
-    def learn(cases: Iterable[Case]) -> dict[str, Made]:
+
+def o_lora(shop: Workshop, stream: Stream) -> Learned:
+    """O-LoRA: a LoRA more for each task, its rows of A pushed away from the earlier ones; all are added."""
+    return _serial(shop, stream, "o-lora", serial.beside, serial.newest)
+
+
+def slao(shop: Workshop, stream: Stream) -> Learned:
+    """SLAO: trained on from the orthogonalised A before it; the newest A serves with a running mean of B."""
+    return _serial(shop, stream, "slao", serial.from_orthogonal, serial.averaged)
+
+
+def _serial(shop: Workshop, stream: Stream, name: str, step: serial.Step, serve: serial.Serve) -> Learned:
+    """Tasks learnt one after another, each from what those before it have left."""
+
+    def learn(cases: Sequence[Case]) -> dict[str, Made]:
         found: dict[str, Made] = {}
         before: Adapter | None = None
         for case in cases:
-            change = _from(before.modules) if before else nothing
-            made = shop.train(case, name, of=_digest(before), change=change)
-            found[case.spec.name], before = made, made.adapter
+            fitted, change = step(case, before.modules if before else {}, len(found))
+            made = shop.train(fitted, name, of=_digest(before), change=change)
+            # The step's model has the earlier ranks too where they are frozen in it.
+            share = case.spec.lora.r / fitted.spec.lora.r
+            found[case.spec.name] = replace(made, numbers=round(share * made.numbers))
+            before = made.adapter
         return found
 
     def at_end(cases: Sequence[Case]) -> Mapping[str, Adapter]:
         found = _adapters(learn(cases))
-        last = found[cases[-1].spec.name].modules
+        last = serve([adapter.modules for adapter in found.values()])
         return {task: replace(adapter, modules=last) for task, adapter in found.items()}
 
     rate = shop.rate(name, at_end)
-    found = learn(at_rate(case, rate) for case in stream.cases)
-    return _one(stream, found, [found[case.spec.name].adapter.modules for case in stream.cases])
+    found = learn([at_rate(case, rate) for case in stream.cases])
+    updates = [found[case.spec.name].adapter.modules for case in stream.cases]
+    return _one(stream, found, [serve(updates[:count]) for count in stream.counts])
 
 
 def joint(shop: Workshop, stream: Stream) -> Learned:
@@ -176,6 +193,8 @@ WAYS: Mapping[str, Way] = {
     "ours-lora": merged_loras(),
     "auto": auto,
     "sequential": sequential,
+    "o-lora": o_lora,
+    "slao": slao,
     "joint": joint,
     "codyra": gated,
 }
@@ -192,6 +211,8 @@ TITLES: Mapping[str, str] = {
     "ours-lora": "onebasis, LoRAs merged, default promise",
     "auto": "**onebasis, default settings**",
     "sequential": "one LoRA, task after task",
+    "o-lora": "O-LoRA",
+    "slao": "SLAO",
     "joint": "one LoRA, all tasks at once (reference)",
     "codyra": "CoDyRA's adapters, merged by onebasis",
 }
@@ -267,21 +288,3 @@ def _freeze(model: Any) -> None:
     for layer in lora_layers(model).values():
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
-
-
-def _from(modules: Modules) -> Callable[[Any], None]:
-    """Start from factors that were trained before, as they were."""
-
-    def change(model: Any) -> None:
-        for name, layer in lora_layers(model).items():
-            left_NR, a_RD = modules[name].raw()
-            put(layer.lora_B[ADAPTER].weight, left_NR / layer.scaling[ADAPTER])
-            put(layer.lora_A[ADAPTER].weight, a_RD)
-
-    return change
-
-
-def put(parameter: Tensor, values: Tensor) -> None:
-    """Change a parameter in place."""
-    with torch.no_grad():
-        parameter.copy_(values)

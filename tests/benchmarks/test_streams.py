@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.streams import orders, report, run, workshop
 from benchmarks.streams.hundred import hundred
+from benchmarks.streams.serial import averaged
 from benchmarks.streams.table import normalised
-from subspace_store import adapter_to_bytes
+from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, canonical_update
 from tests.subspace_store.builders import random_adapter
 
 MODULES, WIDTH = 12, 384
-ROWS = ("separate", "mean", "paper-16", "auto", "sequential", "joint")
+ROWS = ("separate", "mean", "paper-16", "auto", "o-lora", "joint")
 PAGE = """# Quality
 
 <!-- table four -->
@@ -43,6 +45,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "stsb", [r | {"text_b": "a card", "label": (i % 9) / 2} for i, r in enumerate(rows)], "pair-regression"
     )
     return folder
+
+
+def latest(folder: Path, name: str) -> Adapter:
+    """The adapter of this name that was made last: those before it are of the grid."""
+    file = max(folder.glob(f"{name}-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    return adapter_from_bytes(file.read_bytes(), str(file))
 
 
 def put(folder: Path, rows: list[dict[str, Any]], kind: str, labels: list[str] | None = None) -> None:
@@ -72,7 +80,7 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     rows = {name: found["rows"][name]["0"] for name in ROWS}
     assert found["tasks"] == ["trec6", "stsb"]
     assert found["metrics"] == {"trec6": "accuracy", "stsb": "pearson"}
-    assert set(found["learning_rates"]) == {"lora", "sequential"}
+    assert set(found["learning_rates"]) == {"lora", "o-lora"}
     assert set(found["learning_rates"]["lora"]) == {"0.003", "0.008"}
     # 2 tasks · 12 modules · 8·(384 + 384) numbers of 4 bytes, nothing shared
     lora = 4 * MODULES * 8 * 2 * WIDTH
@@ -85,8 +93,16 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     assert 0 < rows["paper-16"]["bytes_own"] <= 4 * MODULES * 2 * 2 * 16 * 8
     assert 0 < rows["auto"]["bytes_own"] + rows["auto"]["bytes_shared"] <= 2 * lora
     assert rows["joint"]["backward_transfer_points"] is None  # no stream, so nothing came before
-    assert rows["sequential"]["trained_numbers"] == lora / 4
+    assert rows["o-lora"]["trained_numbers"] == lora / 4
+    assert rows["o-lora"]["bytes_shared"] == 2 * lora  # the ranks of both tasks, added
     assert "trained" in capsys.readouterr().out
+
+    # O-LoRA leaves the first task's factors as they were, and turns the second's A away from them.
+    first, second = (latest(tmp_path / "keep/minilm", f"{task}-o-lora") for task in ("trec6", "stsb"))
+    for name, update in first.modules.items():
+        (b_NR, a_RD), (grown_NR, grown_RD) = update.raw(), second.modules[name].raw()
+        assert torch.allclose(grown_NR[:, :8], b_NR, atol=1e-6)
+        assert torch.allclose(grown_RD[:8], a_RD, atol=1e-6)
 
     told = page.read_text()
     assert "| separate LoRA of rank 8 (reference) |" in told
@@ -129,6 +145,15 @@ def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
 def test_a_normalised_score_leaves_out_tasks_whose_own_adapter_learnt_nothing() -> None:
     # 0.6 / 0.8 = 0.75; 0.45 / 0.5 = 0.9; the third has no correlation to keep
     assert normalised({"a": 0.6, "b": 0.45, "c": 0.1}, {"a": 0.8, "b": 0.5, "c": 0.0}) == pytest.approx(0.825)
+
+
+def test_slao_serves_the_newest_a_with_a_running_mean_of_b() -> None:
+    def one(b: float, a: list[float]) -> dict[str, ModuleUpdate]:
+        return {"m": canonical_update(torch.tensor([[b], [0.0]]), torch.tensor([a]), 1.0)}
+
+    # 1; 1 + (3 − 1)/√2 = 2.41421; 2.41421 + (0.5 − 2.41421)/√3 = 1.30904, with the third A
+    found = averaged([one(1, [1, 0]), one(3, [0, 1]), one(0.5, [0.6, 0.8])])["m"].delta()
+    assert found.tolist() == [pytest.approx([0.6 * 1.30904, 0.8 * 1.30904], abs=1e-5), pytest.approx([0, 0])]
 
 
 def test_adapters_come_in_batches_loras_first_and_too_few_are_refused(data: Path, tmp_path: Path) -> None:
