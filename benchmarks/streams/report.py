@@ -37,6 +37,7 @@ def write(results: Path, docs: Path) -> None:
     page = docs / "quality.md"
     if page.is_file():
         page.write_text(filled(page.read_text(), streams))
+    docs.mkdir(parents=True, exist_ok=True)
     bytes_plot(streams, docs / "quality-bytes.png")
     tasks_plot(streams, docs / "quality-tasks.png")
 

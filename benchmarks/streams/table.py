@@ -6,15 +6,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.streams.orders import Stream
 from benchmarks.streams.ways import Learned
 from benchmarks.streams.workshop import Workshop
+from configs.settings import GateSettings
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import Cell, ScoreTable
+from orchestrator.judging.transfer import transfer_report
+from subspace_store.merging.variants import relative_error
 
 BYTES_PER_NUMBER = 4
+DRIFT_MIN = GateSettings().drift_min
 
 Figures = dict[str, Any]
 
@@ -37,6 +42,11 @@ def figures(
     own = reference or scores
     losses = {task: 100 * (scores[task] - own[task]) for task in cases}
     adapters = learned.served[last]
+    spared = unmoved(learned, table)
+    untrained = {}
+    if whole and speaks(stream):
+        untrained = {task: shop.untrained_score(adapters[task], case) for task, case in cases.items()}
+    ahead = transfer_report(table, last, untrained)
     in_heads = sum(tensor.numel() for adapter in adapters.values() for tensor in adapter.head.values())
     return {
         "scores": scores,
@@ -50,6 +60,17 @@ def figures(
         "backward_transfer_points": known(100 * report.backward_transfer.value),
         "forgetting_points": known(100 * report.forgetting.value),
         "merge_gap_points": known(100 * report.merge_gap.value),
+        "forward_transfer_points": known(100 * ahead.forward_transfer.value),
+        "mtil": {
+            "transfer": known(ahead.transfer.value),
+            "average": known(ahead.average.value),
+            "last": ahead.last.value,
+        },
+        "evaluations_spared": len(spared),
+        "evaluations_due": sum(born < last for born in table.birth.values()),
+        "spared_change_points": max(
+            (100 * abs(scores[task] - table.score(table.birth[task], task)) for task in spared), default=0.0
+        ),
         "trained_numbers": learned.trained_numbers,
         "bytes_shared": BYTES_PER_NUMBER * learned.shared_numbers,
         "bytes_own": BYTES_PER_NUMBER * learned.own_numbers,
@@ -74,8 +95,26 @@ def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> float:
     return statistics.fmean(kept) if kept else math.nan
 
 
+def unmoved(learned: Learned, table: ScoreTable) -> tuple[str, ...]:
+    """The tasks that a service would not score again at the end: what serves them moved by less than the gate's bound
+    since their birth. Here they are scored all the same."""
+    last = table.versions[-1]
+    earlier = [task for task, born in table.birth.items() if born < last]
+    moved = {
+        task: relative_error(learned.served[table.birth[task]][task].modules, learned.served[last][task].modules)
+        for task in earlier
+    }
+    return tuple(task for task, drift in moved.items() if drift < DRIFT_MIN)
+
+
+def speaks(stream: Stream) -> bool:
+    """Whether the model can answer a task that it has not learnt: a language model."""
+    return all(case.spec.kind == "causal_lm" for case in stream.cases)
+
+
 def score_table(shop: Workshop, stream: Stream, learned: Learned, *, whole: bool) -> ScoreTable:
-    """A[version][task], of each task's first version and the last one, or of all."""
+    """A[version][task], of each task's first version and the last one, or of all; of a language model then also of the
+    tasks that are still to come, by the one update if there is one, else by the base model alone."""
     versions = tuple(sorted(learned.served))
     tasks = tuple(case.spec.name for case in stream.cases)
     cases = {case.spec.name: case for case in stream.cases}
@@ -86,4 +125,15 @@ def score_table(shop: Workshop, stream: Stream, learned: Learned, *, whole: bool
             if whole or version in (birth[task], versions[-1]):
                 case = cases[task]
                 cells[version][task] = Cell(shop.score(adapter, case), len(case.test), version)
+        for task in tasks if whole and speaks(stream) else ():
+            if version < birth[task]:
+                to_come = learned.served[birth[task]][task]
+                one = next(iter(learned.served[version].values())).modules
+                case = cases[task]
+                score = (
+                    shop.score(replace(to_come, modules=one), case)
+                    if learned.common
+                    else shop.untrained_score(to_come, case)
+                )
+                cells[version][task] = Cell(score, len(case.test), version)
     return ScoreTable(versions, tasks, birth, cells)

@@ -49,6 +49,8 @@ class Learned:
     seconds: float
     """Training and merging, one core, scores apart."""
     notes: tuple[str, ...] = ()
+    common: bool = False
+    """Whether one update answers every task, also those that are still to come."""
 
 
 def separate(shop: Workshop, stream: Stream) -> Learned:
@@ -250,7 +252,8 @@ def _one(stream: Stream, found: Mapping[str, Made], versions: Sequence[Modules])
         for v, (count, modules) in enumerate(zip(stream.counts, versions, strict=True), start=1)
     }
     numbers, seconds = _took(found)
-    return Learned(served, {}, numbers, sum(update.numbers for update in versions[-1].values()), 0, seconds)
+    shared = sum(update.numbers for update in versions[-1].values())
+    return Learned(served, {}, numbers, shared, 0, seconds, common=True)
 
 
 def _in_store(store: SubspaceStore, stream: Stream, learn: Callable[[Case], Made]) -> Learned:

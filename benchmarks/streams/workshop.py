@@ -87,9 +87,19 @@ class Workshop:
         """In the task's own metric, on its test rows."""
         return self.kept.score(adapter, case, "test", lambda: real_streams.score(self.base, adapter, case))
 
+    def untrained_score(self, adapter: Adapter, case: Case) -> float:
+        """Of the base model alone on a task's test rows, with the adapter's head if the kind has one."""
+
+        def measure() -> float:
+            return score_adapter(self.base, adapter, case.test, case.spec, with_update=False).value
+
+        return self.kept.score(replace(adapter, modules={}), case, "test", measure)
+
     def on_validation(self, adapter: Adapter, case: Case) -> float:
         """In the task's own metric, on the validation rows that are set aside of its training rows."""
         rows = set_aside(case.train)[1]
+        if not rows:
+            raise SystemExit(f"{case.spec.name} has no rows to set aside: nothing can be chosen by it")
         return self.kept.score(
             adapter, case, "validation", lambda: score_adapter(self.base, adapter, rows, case.spec).value
         )

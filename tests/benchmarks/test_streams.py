@@ -16,6 +16,9 @@ from benchmarks.streams.serial import averaged
 from benchmarks.streams.table import normalised
 from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, canonical_update
 from tests.subspace_store.builders import random_adapter
+from tests.workers.tiny_bases import save_llama
+from tests.workers.worker_builders import tiny_settings
+from workers.base_model import load_base_model
 
 MODULES, WIDTH = 12, 384
 ROWS = ("separate", "mean", "paper-16", "auto", "o-lora", "joint")
@@ -53,11 +56,12 @@ def latest(folder: Path, name: str) -> Adapter:
     return adapter_from_bytes(file.read_bytes(), str(file))
 
 
-def put(folder: Path, rows: list[dict[str, Any]], kind: str, labels: list[str] | None = None) -> None:
+def put(
+    folder: Path, rows: list[dict[str, Any]], kind: str, labels: list[str] | None = None, metric: str = "accuracy"
+) -> None:
     folder.mkdir()
-    (folder / "meta.json").write_text(
-        json.dumps({"name": folder.name, "kind": kind, "label_names": labels, "n_train": 120})
-    )
+    meta = {"name": folder.name, "kind": kind, "label_names": labels, "metric": metric, "n_train": 120}
+    (folder / "meta.json").write_text(json.dumps(meta))
     for part, some in (("train", rows[:120]), ("test", rows[120:])):
         with gzip.open(folder / f"{part}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in some)
@@ -121,6 +125,34 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     assert kept.read_bytes() == before
     again = {name: json.loads((tmp_path / "results/four.json").read_text())["rows"][name]["0"] for name in ROWS}
     assert {n: r["scores"] for n, r in again.items()} == {n: r["scores"] for n, r in rows.items()}
+
+
+def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("task1_capitals", "task2_colours")
+    said = (("The capital of France is", "Paris."), ("The colour of grass is", "green."))
+    for name, (asked, answer) in zip(names, said, strict=True):
+        ends = {"role": "assistant", "content": answer}
+        rows = [{"messages": [{"role": "user", "content": f"{asked} {i}"}, ends]} for i in range(140)]
+        put(tmp_path / name, rows, "causal_lm", metric="rouge_l")
+    base = load_base_model(tiny_settings(save_llama(tmp_path / "model", chat=True)))
+    monkeypatch.setitem(run.BASES, "smollm2", lambda: base)  # type: ignore[index]
+    monkeypatch.setitem(orders.ORDERS, "superni-3", names)  # type: ignore[index]
+    monkeypatch.setitem(orders.GRIDS, "smollm2", names[:1])  # type: ignore[index]
+    argv = ["--data", str(tmp_path), "--orders", "superni-3", "--rows", "separate,mean", "--steps", "40"]
+    run.main([*argv, "--all-versions", *(f"--{name}={tmp_path / name}" for name in ("keep", "results", "docs"))])
+    found = json.loads((tmp_path / "results/superni-3.json").read_text())["rows"]
+    separate, mean = found["separate"]["0"], found["mean"]["0"]
+    first, second = separate["scores"]["task1"], separate["scores"]["task2"]
+    assert min(first, second) > 0.5
+    # Before its birth the base model alone answers the second task: it gains nothing from the first.
+    assert separate["forward_transfer_points"] == 0.0
+    before = separate["mtil"]["transfer"]
+    assert before < 0.5
+    # The first task is the same in both versions; of the second, the base's answers count and then its own.
+    assert separate["mtil"]["average"] == pytest.approx((first + (before + second) / 2) / 2)
+    assert separate["mtil"]["last"] == pytest.approx((first + second) / 2)
+    # One adapter for all is asked itself: after the first task it is that task's.
+    assert mean["forward_transfer_points"] == pytest.approx(100 * (mean["mtil"]["transfer"] - before))
 
 
 def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
