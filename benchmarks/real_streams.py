@@ -327,14 +327,16 @@ def made(
     given: Given = NOTHING,
     change: Callable[[Any], None] = lambda model: None,
 ) -> Adapter:
-    """The case's adapter by a method, trained now.
+    """The case's adapter by a method, trained now; by `share` without temporary columns, as `auto` has it, unless the
+    case asks for `share` itself.
 
     Args:
         change: Called with the model that the method has prepared, before its first step.
     """
     method = METHODS[name]
-    columns = case.spec.method.model_copy(update={"temporary_columns": 0})
-    spec = case.spec.model_copy(update={"method": columns})
+    spec = case.spec
+    if spec.method.name != "share":
+        spec = spec.model_copy(update={"method": spec.method.model_copy(update={"temporary_columns": 0})})
     model = method.prepare(base, spec, given)
     change(model)
     after_step = partial(method.after_step, model, spec)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.forms import compressed
 from benchmarks.real_streams import Case, name_of, race
 from benchmarks.streams import serial
 from benchmarks.streams.joint import jointly
@@ -18,6 +19,7 @@ from benchmarks.streams.kept import Made, digest_of, identity
 from benchmarks.streams.orders import Stream
 from benchmarks.streams.workshop import Workshop, at_rate
 from configs.settings import SubspaceSettings
+from configs.task_spec import MethodSpec
 from subspace_store import Adapter, ModuleUpdate, SubspaceStore, adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
@@ -149,15 +151,64 @@ def merged_loras(**settings: Any) -> Way:
     return way
 
 
-def gated(shop: Workshop, stream: Stream) -> Learned:
-    """CoDyRA's adapters (gates start at 1), merged into the subspace under default settings."""
+def jointly_compressed(directions: int) -> Way:
+    """Compress-then-Serve: bases fitted anew to all adapters that are there, and a full core for each."""
 
-    def learn(cases: Iterable[Case]) -> dict[str, Made]:
-        return {case.spec.name: shop.train(case, "codyra", method="codyra") for case in cases}
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        found, started, served, numbers = _loras(shop, stream), time.perf_counter(), {}, 0
+        for version, count in enumerate(stream.counts, start=1):
+            some = dict(list(_adapters(found).items())[:count])
+            numbers, updates = compressed(some, directions)
+            served[version] = {task: replace(adapter, modules=updates[task]) for task, adapter in some.items()}
+        cores = len(found) * sum(directions**2 for _ in next(iter(_adapters(found).values())).modules)
+        trained, seconds = _took(found)
+        seconds += time.perf_counter() - started
+        return Learned(served, _adapters(found), trained, numbers - cores, cores, seconds)
 
-    rate = shop.rate("codyra", lambda cases: _adapters(learn(cases)))
-    found = learn(at_rate(case, rate) for case in stream.cases)
-    return _in_store(_store(shop, SubspaceSettings()), stream, lambda case: found[case.spec.name])
+    return way
+
+
+def gated(start: str) -> Way:
+    """CoDyRA's adapters, merged into the subspace under default settings.
+
+    Args:
+        start: Of the gates: `ones`, or `normal` as published.
+    """
+    name = f"codyra-{start}"
+
+    def learn(shop: Workshop, cases: Iterable[Case]) -> dict[str, Made]:
+        asked = (_by(case, "codyra", gate_start=start) for case in cases)
+        return {case.spec.name: shop.train(case, name, method="codyra") for case in asked}
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        rate = shop.rate(name, lambda cases: _adapters(learn(shop, cases)))
+        found = learn(shop, [at_rate(case, rate) for case in stream.cases])
+        return _in_store(_store(shop, SubspaceSettings()), stream, lambda case: found[case.spec.name])
+
+    return way
+
+
+def trained_in_basis(method: str, columns: int = 0, **settings: Any) -> Way:
+    """Each task trained by one method in the basis that those before it have left, and merged; at LoRA's rate.
+
+    Args:
+        columns: Temporary columns, where a quarter of every module's basis is as many.
+    """
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        store, rate = _store(shop, SubspaceSettings()), _lora_rate(shop)
+
+        def learn(case: Case) -> Made:
+            version = store.state.refs["candidate"]
+            given = Given(version=version, basis=store.training_basis(version))
+            most = min((min(basis.ranks) // 4 for basis in given.basis.values()), default=0)
+            asked = settings | ({"temporary_columns": min(columns, most)} if method == "share" else {})
+            chosen = _by(at_rate(case, rate), method, **asked)
+            return shop.train(chosen, method, method=method, of=name_of(given) if version else "", given=given)
+
+        return _in_store(store, stream, learn)
+
+    return way
 
 
 def auto(shop: Workshop, stream: Stream) -> Learned:
@@ -198,7 +249,13 @@ WAYS: Mapping[str, Way] = {
     "o-lora": o_lora,
     "slao": slao,
     "joint": joint,
-    "codyra": gated,
+    "share-0": trained_in_basis("share"),
+    "share-2": trained_in_basis("share", 2),
+    "share-8": trained_in_basis("share", 8),
+    "start-in-basis": trained_in_basis("lora", start_of_a="basis"),
+    "codyra-ones": gated("ones"),
+    "codyra-normal": gated("normal"),
+    "compressed-16": jointly_compressed(16),
 }
 """Name of a row to how it is made."""
 TITLES: Mapping[str, str] = {
@@ -216,8 +273,20 @@ TITLES: Mapping[str, str] = {
     "o-lora": "O-LoRA",
     "slao": "SLAO",
     "joint": "one LoRA, all tasks at once (reference)",
-    "codyra": "CoDyRA's adapters, merged by onebasis",
+    "share-0": "onebasis, `share` alone, φ = 0",
+    "share-2": "onebasis, `share` alone, φ = 2",
+    "share-8": "onebasis, `share` alone, φ = 8",
+    "start-in-basis": "onebasis, LoRAs whose A starts in the basis",
+    "codyra-ones": "onebasis, CoDyRA's adapters, gates from 1",
+    "codyra-normal": "onebasis, CoDyRA's adapters, gates as published",
+    "compressed-16": "Compress-then-Serve, k = 16",
 }
+
+
+def _by(case: Case, method: str, **settings: Any) -> Case:
+    """The task, to be trained by a method."""
+    asked = MethodSpec.model_validate({"name": method, **settings})
+    return replace(case, spec=case.spec.model_copy(update={"method": asked}))
 
 
 def _lora_rate(shop: Workshop) -> float:

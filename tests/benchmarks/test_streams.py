@@ -22,6 +22,7 @@ from workers.base_model import load_base_model
 
 MODULES, WIDTH = 12, 384
 ROWS = ("separate", "mean", "paper-16", "auto", "o-lora", "joint")
+LANGUAGE_ROWS = ("separate", "mean", "share-2", "start-in-basis", "compressed-16")
 PAGE = """# Quality
 
 <!-- table four -->
@@ -138,7 +139,8 @@ def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, m
     monkeypatch.setitem(run.BASES, "smollm2", lambda: base)  # type: ignore[index]
     monkeypatch.setitem(orders.ORDERS, "superni-3", names)  # type: ignore[index]
     monkeypatch.setitem(orders.GRIDS, "smollm2", names[:1])  # type: ignore[index]
-    argv = ["--data", str(tmp_path), "--orders", "superni-3", "--rows", "separate,mean", "--steps", "40"]
+    monkeypatch.setattr(workshop, "GRID", (0.003, 0.008))
+    argv = ["--data", str(tmp_path), "--orders", "superni-3", "--rows", ",".join(LANGUAGE_ROWS), "--steps", "60"]
     run.main([*argv, "--all-versions", *(f"--{name}={tmp_path / name}" for name in ("keep", "results", "docs"))])
     found = json.loads((tmp_path / "results/superni-3.json").read_text())["rows"]
     separate, mean = found["separate"]["0"], found["mean"]["0"]
@@ -151,6 +153,11 @@ def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, m
     # The first task is the same in both versions; of the second, the base's answers count and then its own.
     assert separate["mtil"]["average"] == pytest.approx((first + (before + second) / 2) / 2)
     assert separate["mtil"]["last"] == pytest.approx((first + second) / 2)
+    # a basis of 16 directions a side for each of 2 layers' q, k, v, o, and a core of 16·16 for each of 2 tasks
+    compressed = found["compressed-16"]["0"]
+    sides = sum(out + into for out, into in base.module_shapes("causal_lm").values() if out <= 32 >= into)
+    assert compressed["bytes_shared"] == 4 * 16 * sides
+    assert compressed["bytes_own"] == 4 * 2 * 8 * 16 * 16
     # One adapter for all is asked itself: after the first task it is that task's.
     assert mean["forward_transfer_points"] == pytest.approx(100 * (mean["mtil"]["transfer"] - before))
 
