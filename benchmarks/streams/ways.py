@@ -71,44 +71,54 @@ def heads(shop: Workshop, stream: Stream) -> Learned:
     return _apart(stream, learn(at_rate(case, rate) for case in stream.cases))
 
 
-def sequential(shop: Workshop, stream: Stream) -> Learned:
-    """One LoRA that is trained on task after task; each task keeps its head."""
-    return _serial(shop, stream, "sequential", serial.go_on, serial.newest)
+def serially(name: str, step: serial.Step, serve: serial.Serve) -> Way:
+    """Tasks learnt one after another, each from what those before it have left; each keeps its head."""
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        rate = shop.rate(name, lambda cases: _at_end(_chain(shop, cases, name, step), serve))
+        return _served(_chain(shop, [at_rate(case, rate) for case in stream.cases], name, step), stream, serve)
+
+    return way
 
 
-def o_lora(shop: Workshop, stream: Stream) -> Learned:
-    """O-LoRA: a LoRA more for each task, its rows of A pushed away from the earlier ones; all are added."""
-    return _serial(shop, stream, "o-lora", serial.beside, serial.newest)
+def consolidated(shop: Workshop, stream: Stream) -> Learned:
+    """EWC: one LoRA trained on task after task, at the rate of sequential training, held by what earlier tasks need."""
+
+    def learn(strength: float, cases: Sequence[Case]) -> dict[str, Made]:
+        return _chain(shop, cases, f"ewc-{strength:g}", serial.Consolidating(shop.base, strength))
+
+    go_on, newest = serial.go_on, serial.newest
+    rate = shop.rate("sequential", lambda cases: _at_end(_chain(shop, cases, "sequential", go_on), newest))
+    strength = shop.choose(
+        "ewc",
+        serial.STRENGTHS,
+        lambda value, cases: _at_end(learn(value, [at_rate(case, rate) for case in cases]), newest),
+    )
+    return _served(learn(strength, [at_rate(case, rate) for case in stream.cases]), stream, newest)
 
 
-def slao(shop: Workshop, stream: Stream) -> Learned:
-    """SLAO: trained on from the orthogonalised A before it; the newest A serves with a running mean of B."""
-    return _serial(shop, stream, "slao", serial.from_orthogonal, serial.averaged)
+def _chain(shop: Workshop, cases: Sequence[Case], name: str, step: serial.Step) -> dict[str, Made]:
+    """Train one task after another."""
+    found: dict[str, Made] = {}
+    before: Adapter | None = None
+    for case in cases:
+        fitted, change = step(case, before, len(found))
+        made = shop.train(fitted, name, of=_digest(before), change=change)
+        # The step's model has the earlier ranks too where they are frozen in it.
+        share = case.spec.lora.r / fitted.spec.lora.r
+        found[case.spec.name] = replace(made, numbers=round(share * made.numbers))
+        before = made.adapter
+    return found
 
 
-def _serial(shop: Workshop, stream: Stream, name: str, step: serial.Step, serve: serial.Serve) -> Learned:
-    """Tasks learnt one after another, each from what those before it have left."""
+def _at_end(found: Mapping[str, Made], serve: serial.Serve) -> dict[str, Adapter]:
+    """What serves each task when all are learnt."""
+    last = serve([made.adapter.modules for made in found.values()])
+    return {task: replace(made.adapter, modules=last) for task, made in found.items()}
 
-    def learn(cases: Sequence[Case]) -> dict[str, Made]:
-        found: dict[str, Made] = {}
-        before: Adapter | None = None
-        for case in cases:
-            fitted, change = step(case, before.modules if before else {}, len(found))
-            made = shop.train(fitted, name, of=_digest(before), change=change)
-            # The step's model has the earlier ranks too where they are frozen in it.
-            share = case.spec.lora.r / fitted.spec.lora.r
-            found[case.spec.name] = replace(made, numbers=round(share * made.numbers))
-            before = made.adapter
-        return found
 
-    def at_end(cases: Sequence[Case]) -> Mapping[str, Adapter]:
-        found = _adapters(learn(cases))
-        last = serve([adapter.modules for adapter in found.values()])
-        return {task: replace(adapter, modules=last) for task, adapter in found.items()}
-
-    rate = shop.rate(name, at_end)
-    found = learn([at_rate(case, rate) for case in stream.cases])
-    updates = [found[case.spec.name].adapter.modules for case in stream.cases]
+def _served(found: Mapping[str, Made], stream: Stream, serve: serial.Serve) -> Learned:
+    updates = [made.adapter.modules for made in found.values()]
     return _one(stream, found, [serve(updates[:count]) for count in stream.counts])
 
 
@@ -245,9 +255,10 @@ WAYS: Mapping[str, Way] = {
     "canonical-32": merged_loras(rank_fixed=32),
     "ours-lora": merged_loras(),
     "auto": auto,
-    "sequential": sequential,
-    "o-lora": o_lora,
-    "slao": slao,
+    "sequential": serially("sequential", serial.go_on, serial.newest),
+    "ewc": consolidated,
+    "o-lora": serially("o-lora", serial.beside, serial.newest),
+    "slao": serially("slao", serial.from_orthogonal, serial.averaged),
     "joint": joint,
     "share-0": trained_in_basis("share"),
     "share-2": trained_in_basis("share", 2),
@@ -270,6 +281,7 @@ TITLES: Mapping[str, str] = {
     "ours-lora": "onebasis, LoRAs merged, default promise",
     "auto": "**onebasis, default settings**",
     "sequential": "one LoRA, task after task",
+    "ewc": "EWC",
     "o-lora": "O-LoRA",
     "slao": "SLAO",
     "joint": "one LoRA, all tasks at once (reference)",

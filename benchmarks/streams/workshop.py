@@ -47,7 +47,7 @@ class Workshop:
 
     @property
     def rates(self) -> Mapping[str, Mapping[float, float]]:
-        """Method to rate to score on the validation rows, of those that were asked for."""
+        """Method to learning rate (or what else is chosen for it) to the score on the validation rows."""
         return self._rates
 
     def train(
@@ -110,17 +110,28 @@ class Workshop:
         Args:
             learn: Learns tasks one after another, on the rows that it is given, and tells what serves each at the end.
         """
+        return self.choose(name, GRID, lambda rate, cases: learn([at_rate(case, rate) for case in cases]))
+
+    def choose(
+        self,
+        name: str,
+        values: Sequence[float],
+        learn: Callable[[float, Sequence[Case]], Mapping[str, Adapter]],
+    ) -> float:
+        """The smallest of some values whose mean score on the grid's validation rows is hardly below the best one."""
         if name not in self._rates:
+            rest = [replace(case, train=tuple(set_aside(case.train)[0])) for case in self.grid.cases]
             found = {}
-            for rate in GRID:
-                whole = [at_rate(case, rate) for case in self.grid.cases]
-                served = learn([replace(case, train=tuple(set_aside(case.train)[0])) for case in whole])
-                found[rate] = statistics.fmean(self.on_validation(served[c.spec.name], c) for c in whole)
+            for value in values:
+                served = learn(value, rest)
+                found[value] = statistics.fmean(
+                    self.on_validation(served[case.spec.name], case) for case in self.grid.cases
+                )
             self._rates[name] = found
-            told = ", ".join(f"{rate}: {score:.3f}" for rate, score in found.items())
-            self.say(f"learning rates of {name}, mean score on validation rows: {told}")
+            told = ", ".join(f"{value:g}: {score:.3f}" for value, score in found.items())
+            self.say(f"chosen for {name}, mean score on validation rows: {told}")
         best = max(self._rates[name].values())
-        return min(rate for rate, score in self._rates[name].items() if score >= best - TIE)
+        return min(value for value, score in self._rates[name].items() if score >= best - TIE)
 
 
 def at_rate(case: Case, rate: float) -> Case:

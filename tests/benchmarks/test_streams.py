@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.streams import orders, report, run, workshop
+from benchmarks.streams import orders, report, run, serial, workshop
 from benchmarks.streams.hundred import hundred
-from benchmarks.streams.serial import averaged
+from benchmarks.streams.serial import averaged, hold
 from benchmarks.streams.table import normalised
 from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, canonical_update
 from tests.subspace_store.builders import random_adapter
@@ -21,8 +21,8 @@ from tests.workers.worker_builders import tiny_settings
 from workers.base_model import load_base_model
 
 MODULES, WIDTH = 12, 384
-ROWS = ("separate", "mean", "paper-16", "auto", "o-lora", "joint")
-LANGUAGE_ROWS = ("separate", "mean", "share-2", "start-in-basis", "compressed-16")
+ROWS = ("separate", "mean", "paper-16", "auto", "share-2", "o-lora", "ewc", "joint")
+LANGUAGE_ROWS = ("separate", "mean", "compressed-16")
 PAGE = """# Quality
 
 <!-- table four -->
@@ -74,6 +74,8 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     monkeypatch.setitem(orders.ORDERS, "four", ("trec6", "stsb"))  # type: ignore[index]
     monkeypatch.setitem(orders.GRIDS, "minilm", ("trec6",))  # type: ignore[index]
     monkeypatch.setattr(workshop, "GRID", (0.003, 0.008))
+    monkeypatch.setattr(serial, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(serial, "FISHER_ROWS", 4)
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs/quality.md"
     page.write_text(PAGE)
@@ -85,7 +87,7 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     rows = {name: found["rows"][name]["0"] for name in ROWS}
     assert found["tasks"] == ["trec6", "stsb"]
     assert found["metrics"] == {"trec6": "accuracy", "stsb": "pearson"}
-    assert set(found["learning_rates"]) == {"lora", "o-lora"}
+    assert set(found["learning_rates"]) == {"lora", "o-lora", "sequential", "ewc"}
     assert set(found["learning_rates"]["lora"]) == {"0.003", "0.008"}
     # 2 tasks · 12 modules · 8·(384 + 384) numbers of 4 bytes, nothing shared
     lora = 4 * MODULES * 8 * 2 * WIDTH
@@ -139,7 +141,7 @@ def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, m
     monkeypatch.setitem(run.BASES, "smollm2", lambda: base)  # type: ignore[index]
     monkeypatch.setitem(orders.ORDERS, "superni-3", names)  # type: ignore[index]
     monkeypatch.setitem(orders.GRIDS, "smollm2", names[:1])  # type: ignore[index]
-    monkeypatch.setattr(workshop, "GRID", (0.003, 0.008))
+    monkeypatch.setattr(workshop, "GRID", (0.008,))
     argv = ["--data", str(tmp_path), "--orders", "superni-3", "--rows", ",".join(LANGUAGE_ROWS), "--steps", "60"]
     run.main([*argv, "--all-versions", *(f"--{name}={tmp_path / name}" for name in ("keep", "results", "docs"))])
     found = json.loads((tmp_path / "results/superni-3.json").read_text())["rows"]
@@ -193,6 +195,16 @@ def test_slao_serves_the_newest_a_with_a_running_mean_of_b() -> None:
     # 1; 1 + (3 − 1)/√2 = 2.41421; 2.41421 + (0.5 − 2.41421)/√3 = 1.30904, with the third A
     found = averaged([one(1, [1, 0]), one(3, [0, 1]), one(0.5, [0.6, 0.8])])["m"].delta()
     assert found.tolist() == [pytest.approx([0.6 * 1.30904, 0.8 * 1.30904], abs=1e-5), pytest.approx([0, 0])]
+
+
+def test_a_held_parameter_is_pulled_back_by_its_weight() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    hold(parameter, torch.tensor([0.0, 10.0]))
+    with torch.no_grad():
+        parameter += 0.5
+    (3 * parameter).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [3.0, 8.0]  # 3; 3 + 10·(2.5 − 2)
 
 
 def test_adapters_come_in_batches_loras_first_and_too_few_are_refused(data: Path, tmp_path: Path) -> None:
