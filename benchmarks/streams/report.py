@@ -19,7 +19,7 @@ SUMMARISED = {
 }
 """Key in summary.json to the row of default settings, and the streams of which the first that was measured is taken."""
 FIGURES = {
-    "minilm": ("mean_loss_points", "worst_loss_points", "forgetting_points"),
+    "minilm": ("mean_loss_points", "learnt_loss_points", "worst_loss_points", "forgetting_points"),
     "smollm2": ("mean_loss_points", "forgetting_points"),
     "hundred_adapters": ("forgetting_points",),
 }
@@ -65,7 +65,7 @@ def _column(seeds: Mapping[str, Figures], name: str) -> float:
     if name == "worst_loss_points":
         tasks = next(iter(seeds.values()))["loss_points"]
         return min(statistics.fmean(found["loss_points"][task] for found in seeds.values()) for task in tasks)
-    return statistics.fmean(found[name] for found in seeds.values())
+    return statistics.fmean(found[name] for found in seeds.values() if found[name] is not None)
 
 
 def filled(page: str, streams: Mapping[str, Figures]) -> str:
@@ -86,9 +86,9 @@ def _main_table(stream: Figures) -> str:
     whole = _bytes(rows[REFERENCE])
     heads = _mean(rows[REFERENCE], "bytes_heads")
     lines = [
-        "| row | average | loss | worst task | BWT | forgetting | merge gap | normalised | KB shared + own "
-        "| × fewer, with basis / own alone / with heads | trained numbers | seconds | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| row | average | loss | of what was learnt | worst task | BWT | forgetting | merge gap | normalised "
+        "| KB shared + own | × fewer, with basis / own alone / with heads | trained numbers | seconds | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in _order(rows):
         seeds = rows[name]
@@ -97,6 +97,7 @@ def _main_table(stream: Figures) -> str:
             TITLES[name],
             _spread(seeds, "average", 100),
             _spread(seeds, "mean_loss_points"),
+            _spread(seeds, "learnt_loss_points"),
             f"{_column(seeds, 'worst_loss_points'):+.1f}",
             _spread(seeds, "backward_transfer_points"),
             _spread(seeds, "forgetting_points"),

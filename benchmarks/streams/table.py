@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.real_streams import Case
 from benchmarks.streams.orders import Stream
 from benchmarks.streams.ways import Learned
 from benchmarks.streams.workshop import Workshop
@@ -17,8 +19,11 @@ from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import Cell, ScoreTable
 from orchestrator.judging.transfer import transfer_report
 from subspace_store.merging.variants import relative_error
+from workers.metrics import constant_score
 
 BYTES_PER_NUMBER = 4
+LEARNT = 0.05
+"""A separate LoRA that scores no more than this above the most frequent label has nothing that a merge could lose."""
 DRIFT_MIN = GateSettings().drift_min
 
 Figures = dict[str, Any]
@@ -41,6 +46,7 @@ def figures(
     scores = {task: table.score(last, task) for task in cases}
     own = reference or scores
     losses = {task: 100 * (scores[task] - own[task]) for task in cases}
+    taught = [task for task, case in cases.items() if own[task] > without_learning(case) + LEARNT]
     adapters = learned.served[last]
     spared = unmoved(learned, table)
     untrained = {}
@@ -55,6 +61,8 @@ def figures(
         "worst_task": min(scores, key=scores.__getitem__),
         "loss_points": losses,
         "mean_loss_points": statistics.fmean(losses.values()),
+        "learnt": taught,
+        "learnt_loss_points": statistics.fmean(losses[task] for task in taught) if taught else None,
         "worst_loss_points": min(losses.values()),
         "normalised": known(normalised(scores, own)),
         "backward_transfer_points": known(100 * report.backward_transfer.value),
@@ -93,6 +101,12 @@ def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> float:
     """
     kept = [scores[task] / own[task] for task in scores if own[task] > 0]
     return statistics.fmean(kept) if kept else math.nan
+
+
+def without_learning(case: Case) -> float:
+    """The score on a task's test rows of always giving their most frequent label; 0 where that is not defined."""
+    labels = [row.label for row in case.test if isinstance(getattr(row, "label", None), int)]
+    return constant_score(case.spec.metric, tuple(Counter(labels).values())) or 0.0
 
 
 def unmoved(learned: Learned, table: ScoreTable) -> tuple[str, ...]:

@@ -167,7 +167,13 @@ def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, m
 def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
     def of(first: float, second: float) -> dict[str, Any]:
         losses = {"a": first, "b": second}
-        return {"loss_points": losses, "mean_loss_points": (first + second) / 2, "forgetting_points": first}
+        mean = (first + second) / 2
+        return {
+            "loss_points": losses,
+            "mean_loss_points": mean,
+            "learnt_loss_points": mean,
+            "forgetting_points": first,
+        }
 
     stream = {
         "tasks": ["a", "b"],
