@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -133,8 +134,8 @@ def bytes_plot(streams: Mapping[str, Figures], path: Path) -> None:
     for axes, name in zip(panels, shown, strict=True):
         rows = streams[name]["rows"]
         whole = _bytes(rows[REFERENCE])
-        for row, mark in zip((r for r in _order(rows) if _bytes(rows[r])), "o*sPD^v<>XdhH", strict=False):
-            size = 13 if row == "auto" else 7
+        for row, mark in zip((r for r in _order(rows) if _bytes(rows[r])), itertools.cycle("os^vDP<>Xdh")):
+            mark, size = ("k*", 13) if row == "auto" else (mark, 7)
             axes.plot(_bytes(rows[row]) / whole, _mean(rows[row], "mean_loss_points"), mark, ms=size, label=_plain(row))
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(
@@ -149,7 +150,7 @@ def tasks_plot(streams: Mapping[str, Figures], path: Path) -> None:
     """Loss beside separate LoRAs against the number of tasks of a stream; and what an early task loses of it."""
     figure, (left, right) = _panels(2, 4.4)
     names = [row for row in TITLES if row != REFERENCE and sum(row in s["rows"] for s in streams.values()) > 1]
-    for row, mark in zip(names, "*osPD^v<>Xdh", strict=False):
+    for row, mark in zip(names, itertools.cycle("os^vDP<>Xdh")):
         points = sorted(
             (len(stream["tasks"]), _mean(stream["rows"][row], "mean_loss_points"))
             for stream in streams.values()

@@ -61,6 +61,19 @@ def separate(shop: Workshop, stream: Stream) -> Learned:
     return _apart(stream, found)
 
 
+def truncated(rank: int) -> Way:
+    """A LoRA for each task, each by itself cut to its leading directions."""
+
+    def way(shop: Workshop, stream: Stream) -> Learned:
+        found = {}
+        for task, made in _loras(shop, stream).items():
+            cut = {name: update.leading(rank) for name, update in made.adapter.modules.items()}
+            found[task] = replace(made, adapter=replace(made.adapter, modules=cut))
+        return _apart(stream, found)
+
+    return way
+
+
 def heads(shop: Workshop, stream: Stream) -> Learned:
     """The base model as it is, with a trained head for each task."""
 
@@ -247,10 +260,15 @@ Way = Callable[[Workshop, Stream], Learned]
 WAYS: Mapping[str, Way] = {
     "separate": separate,
     "heads": heads,
+    "truncated-4": truncated(4),
+    "truncated-2": truncated(2),
+    "truncated-1": truncated(1),
     "mean": one_for_all("mean"),
     "ties": one_for_all("ties"),
+    "paper-8": merged_loras(variant="paper", rank_fixed=8),
     "paper-16": merged_loras(variant="paper", rank_fixed=16),
     "paper-32": merged_loras(variant="paper", rank_fixed=32),
+    "canonical-8": merged_loras(rank_fixed=8),
     "canonical-16": merged_loras(rank_fixed=16),
     "canonical-32": merged_loras(rank_fixed=32),
     "ours-lora": merged_loras(),
@@ -271,11 +289,16 @@ WAYS: Mapping[str, Way] = {
 """Name of a row to how it is made."""
 TITLES: Mapping[str, str] = {
     "separate": "separate LoRA of rank 8 (reference)",
+    "truncated-4": "separate LoRAs, each cut to rank 4",
+    "truncated-2": "separate LoRAs, each cut to rank 2",
+    "truncated-1": "separate LoRAs, each cut to rank 1",
     "heads": "base model, trained heads",
     "mean": "mean of all adapters",
     "ties": "TIES of all adapters",
+    "paper-8": "Share, the paper's form, k = 8",
     "paper-16": "Share, the paper's form, k = 16",
     "paper-32": "Share, the paper's form, k = 32",
+    "canonical-8": "onebasis, LoRAs merged, fixed k = 8",
     "canonical-16": "onebasis, LoRAs merged, fixed k = 16",
     "canonical-32": "onebasis, LoRAs merged, fixed k = 32",
     "ours-lora": "onebasis, LoRAs merged, default promise",
