@@ -343,7 +343,7 @@ def _apart(stream: Stream, found: Mapping[str, Made]) -> Learned:
     """Adapters that nothing changes."""
     adapters = _adapters(found)
     served = {v: dict(list(adapters.items())[:count]) for v, count in enumerate(stream.counts, start=1)}
-    own = sum(u.numbers for adapter in adapters.values() for u in adapter.modules.values() if u.energy)
+    own = sum(a.parameter_count for a in adapters.values() if any(u.energy for u in a.modules.values()))
     numbers, seconds = _took(found)
     return Learned(served, {}, numbers, 0, own, seconds)
 
