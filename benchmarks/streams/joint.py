@@ -8,7 +8,7 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.real_streams import Case
-from subspace_store import Adapter
+from benchmarks.streams.kept import Made
 from workers.base_model import BaseModel
 from workers.batches import Batches, schedule
 from workers.features import collator
@@ -18,7 +18,7 @@ from workers.orders import Rank
 from workers.trainer import _start_at_the_mean
 
 
-def jointly(base: BaseModel, cases: Sequence[Case]) -> dict[str, tuple[Adapter, int]]:
+def jointly(base: BaseModel, cases: Sequence[Case]) -> dict[str, Made]:
     """Task to its adapter, whose update is the same for all, and the numbers of that update. The tasks take turns, each
     with as many steps as by itself."""
     models = [lora.prepare(base, case.spec) for case in cases]
@@ -48,4 +48,4 @@ def jointly(base: BaseModel, cases: Sequence[Case]) -> dict[str, tuple[Adapter, 
         optimizer.zero_grad()
         pace.step()
     found = {c.spec.name: lora.finish(m, base, c.spec) for c, m in zip(cases, models, strict=True)}
-    return {task: (adapter, adapter.parameter_count) for task, adapter in found.items()}
+    return {task: Made(adapter, adapter.parameter_count) for task, adapter in found.items()}

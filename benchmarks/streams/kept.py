@@ -25,7 +25,9 @@ class Made:
     adapter: Adapter
     numbers: int
     """Numbers of the update that were trained, the head's apart."""
-    seconds: float
+    seconds: float = 0.0
+    """0: as long as making it took, see `Kept.made`."""
+    note: str = ""
 
 
 class Kept:
@@ -36,25 +38,24 @@ class Kept:
         self._scores_file = folder / "scores.jsonl"
         self._scores = dict(_lines(self._scores_file))
 
-    def made(self, case: Case, what: str, of: str, make: Callable[[], tuple[Adapter, int]]) -> Made:
+    def made(self, case: Case, what: str, of: str, make: Callable[[], Made]) -> Made:
         """An adapter of a task, from the folder or made now.
 
         Args:
             what: How it is made, a word for the file's name.
             of: All else that it depends on, beside the task's own settings and rows.
-            make: Makes the adapter, and tells how many numbers were trained.
+            make: Makes it.
         """
         name = f"{case.spec.name}-{what}-{digest_of(identity(case), of)[:12]}"
         file, told = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         if not told.is_file():
             started = time.perf_counter()
-            adapter, numbers = make()
-            seconds = time.perf_counter() - started
-            keep(file, adapter_to_bytes(adapter))
-            keep(told, json.dumps({"numbers": numbers, "seconds": seconds}).encode())
-            self._say(f"  trained {name} in {seconds:.0f} s")
-        figures = json.loads(told.read_text())
-        return Made(adapter_from_bytes(file.read_bytes(), str(file)), figures["numbers"], figures["seconds"])
+            made = make()
+            seconds = made.seconds or time.perf_counter() - started
+            keep(file, adapter_to_bytes(made.adapter))
+            keep(told, json.dumps({"numbers": made.numbers, "seconds": seconds, "note": made.note}).encode())
+            self._say(f"  made {name} in {time.perf_counter() - started:.0f} s")
+        return Made(adapter_from_bytes(file.read_bytes(), str(file)), **json.loads(told.read_text()))
 
     def score(self, adapter: Adapter, case: Case, rows: str, measure: Callable[[], float]) -> float:
         """A score of an adapter, known or measured now.

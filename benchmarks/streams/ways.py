@@ -236,24 +236,36 @@ def trained_in_basis(method: str, columns: int = 0, **settings: Any) -> Way:
 
 def auto(shop: Workshop, stream: Stream) -> Learned:
     """The default settings: each task is raced in the basis that those before it have left, and merged."""
-    store, rate, notes = _store(shop, SubspaceSettings()), _lora_rate(shop), []
+    store, rate = _store(shop, SubspaceSettings()), _lora_rate(shop)
+    notes: list[str] = []
 
-    def raced(case: Case) -> Made:
-        case, seconds, numbers = at_rate(case, rate), 0.0, {}
+    def learn(case: Case) -> Made:
+        case, version = at_rate(case, rate), store.state.refs["candidate"]
+        basis = name_of(Given(version=version, basis=store.training_basis(version)))
+        made = shop.kept.made(case, "auto", basis, lambda: _raced(shop, case, store))
+        notes.append(f"{case.spec.name}: {made.note}")
+        return made
 
-        def train(method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
-            nonlocal seconds
-            where = name_of(given) if given.version else ""
-            made = shop.train(case, method, rows, method=method, of=where, given=given)
-            seconds += made.seconds
-            numbers[method] = made.numbers
-            return made.adapter
+    return replace(_in_store(store, stream, learn), notes=tuple(notes))
 
-        found = race(shop.base, case, store, train)
-        notes.append(f"{case.spec.name}: {found.form.method} at {found.form.share:g} of {' and '.join(found.compared)}")
-        return Made(found.adapter, numbers[found.form.method], seconds)
 
-    return replace(_in_store(store, stream, raced), notes=tuple(notes))
+def _raced(shop: Workshop, case: Case, store: SubspaceStore) -> Made:
+    """What `auto` makes of a task; trainings that are there already count as long as they took."""
+    started, waited, trained, numbers = time.perf_counter(), 0.0, 0.0, {}
+
+    def train(method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
+        nonlocal waited, trained
+        before = time.perf_counter()
+        made = shop.train(case, method, rows, method=method, of=name_of(given) if given.version else "", given=given)
+        waited += time.perf_counter() - before
+        trained += made.seconds
+        numbers[method] = made.numbers
+        return made.adapter
+
+    found = race(shop.base, case, store, train)
+    seconds = trained + time.perf_counter() - started - waited
+    note = f"{found.form.method} at {found.form.share:g} of {' and '.join(found.compared)}"
+    return Made(found.adapter, numbers[found.form.method], seconds, note)
 
 
 Way = Callable[[Workshop, Stream], Learned]

@@ -77,9 +77,9 @@ class Workshop:
             change(model)
             numbers = sum(trainable_numbers(model).values())
 
-        def make() -> tuple[Adapter, int]:
+        def make() -> Made:
             adapter = real_streams.made(self.base, chosen, method, chosen.train, given, changed)
-            return adapter, numbers
+            return Made(adapter, numbers)
 
         return self.kept.made(chosen, what, of, make)
 

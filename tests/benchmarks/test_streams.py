@@ -102,7 +102,7 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     assert rows["joint"]["backward_transfer_points"] is None  # no stream, so nothing came before
     assert rows["o-lora"]["trained_numbers"] == lora / 4
     assert rows["o-lora"]["bytes_shared"] == 2 * lora  # the ranks of both tasks, added
-    assert "trained" in capsys.readouterr().out
+    assert "made" in capsys.readouterr().out
 
     # O-LoRA leaves the first task's factors as they were, and turns the second's A away from them.
     first, second = (latest(tmp_path / "keep/minilm", f"{task}-o-lora") for task in ("trec6", "stsb"))
@@ -117,14 +117,14 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     assert json.loads((tmp_path / "results/summary.json").read_text()) == {}  # `ten` was not measured
     assert (tmp_path / "docs/quality-bytes.png").stat().st_size > 1000
 
-    # Killed while an adapter was written: that one is trained again, to the same bytes, and nothing else is.
+    # Killed while an adapter was written: that one is made again, to the same bytes, and nothing else is.
     kept = next((tmp_path / "keep/minilm").glob("stsb-lora-*.safetensors"))
     before = kept.read_bytes()
     kept.with_suffix(".json").unlink()
     with (tmp_path / "keep/minilm/scores.jsonl").open("a") as file:
         file.write('["cut of')
     run.main(argv)
-    assert capsys.readouterr().out.count("trained") == 1
+    assert capsys.readouterr().out.count(" made ") == 1
     assert kept.read_bytes() == before
     again = {name: json.loads((tmp_path / "results/four.json").read_text())["rows"][name]["0"] for name in ROWS}
     assert {n: r["scores"] for n, r in again.items()} == {n: r["scores"] for n, r in rows.items()}
