@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -24,6 +23,9 @@ FIGURES = {
     "smollm2": ("mean_loss_points", "forgetting_points"),
     "hundred_adapters": ("forgetting_points",),
 }
+
+POINTS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5)
+"""Ticks of the plot of losses."""
 
 Figures = dict[str, Any]
 
@@ -53,6 +55,8 @@ def summary(streams: Mapping[str, Figures]) -> Figures:
         of, seeds = measured[0], measured[0]["rows"][row]
         found[key] = {name: round(_column(seeds, name), 4) for name in FIGURES[key]}
         found[key] |= {
+            "stream": of["stream"],
+            "row": row,
             "tasks": len(of["tasks"]),
             "seeds": sorted(int(seed) for seed in seeds),
             "date": of["date"],
@@ -99,11 +103,11 @@ def _main_table(stream: Figures) -> str:
             _spread(seeds, "average", 100),
             _spread(seeds, "mean_loss_points"),
             _spread(seeds, "learnt_loss_points"),
-            f"{_column(seeds, 'worst_loss_points'):+.1f}",
+            _signed(_column(seeds, "worst_loss_points"), 1),
             _spread(seeds, "backward_transfer_points"),
             _spread(seeds, "forgetting_points"),
             _spread(seeds, "merge_gap_points"),
-            _spread(seeds, "normalised"),
+            f"{_mean(seeds, 'normalised'):.3f}" if _known(seeds, "normalised") else "–",
             f"{shared / 1000:,.0f} + {own / 1000:,.0f}",
             " / ".join(_times(whole, part) for part in (shared + own, own))
             + f" / {_times(whole + heads, shared + own + heads)}",
@@ -134,12 +138,17 @@ def bytes_plot(streams: Mapping[str, Figures], path: Path) -> None:
     for axes, name in zip(panels, shown, strict=True):
         rows = streams[name]["rows"]
         whole = _bytes(rows[REFERENCE])
-        for row, mark in zip((r for r in _order(rows) if _bytes(rows[r])), itertools.cycle("os^vDP<>Xdh")):
-            mark, size = ("k*", 13) if row == "auto" else (mark, 7)
-            axes.plot(_bytes(rows[row]) / whole, _mean(rows[row], "mean_loss_points"), mark, ms=size, label=_plain(row))
+        for row in (row for row in _order(rows) if _bytes(rows[row])):
+            axes.plot(_bytes(rows[row]) / whole, _mean(rows[row], "mean_loss_points"), linestyle="none", **_look(row))
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks(POINTS, [f"{tick:g}" for tick in POINTS], minor=False)
+        axes.set_ylim(min(POINTS), 1)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(
-            xscale="log", title=f"{name}: {len(streams[name]['tasks'])} tasks", xlabel="bytes, heads apart, over LoRAs'"
+            xscale="log",
+            xlim=(0.05, 1.3),
+            title=f"{name}: {len(streams[name]['tasks'])} tasks",
+            xlabel="bytes, heads apart, over LoRAs'",
         )
         axes.legend(fontsize=6)
     panels[0].set_ylabel("points beside separate LoRAs, mean over tasks")
@@ -150,13 +159,13 @@ def tasks_plot(streams: Mapping[str, Figures], path: Path) -> None:
     """Loss beside separate LoRAs against the number of tasks of a stream; and what an early task loses of it."""
     figure, (left, right) = _panels(2, 4.4)
     names = [row for row in TITLES if row != REFERENCE and sum(row in s["rows"] for s in streams.values()) > 1]
-    for row, mark in zip(names, itertools.cycle("os^vDP<>Xdh")):
+    for row in names:
         points = sorted(
             (len(stream["tasks"]), _mean(stream["rows"][row], "mean_loss_points"))
             for stream in streams.values()
             if row in stream["rows"]
         )
-        left.plot([x for x, _ in points], [y for _, y in points], marker=mark, label=_plain(row))
+        left.plot([x for x, _ in points], [y for _, y in points], **_look(row))
     left.axhline(0, color="grey", linewidth=0.8)
     left.set(xscale="log", xlabel="tasks in the stream", ylabel="points beside separate LoRAs, mean over tasks")
     if names:
@@ -166,7 +175,8 @@ def tasks_plot(streams: Mapping[str, Figures], path: Path) -> None:
         for row in (r for r in _order(stream["rows"]) if r != REFERENCE):
             found = next(iter(stream["rows"][row].values()))
             change = [100 * (found["scores"][task] - found["at_birth"][task]) for task in stream["tasks"]]
-            right.plot(_by_ten(change), marker="o", label=_plain(row))
+            means = _by_ten(change)
+            right.plot(range(1, len(means) + 1), means, **_look(row))
         right.axhline(0, color="grey", linewidth=0.8)
         right.set(xlabel="batch of ten adapters, in the order they came", ylabel="points at the end beside birth")
         right.legend(fontsize=6)
@@ -186,8 +196,12 @@ def _by_ten(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[start : start + 10]) for start in range(0, len(values), 10)]
 
 
-def _plain(row: str) -> str:
-    return TITLES[row].strip("*")
+def _look(row: str) -> Figures:
+    """Mark, colour and name of a row: the same in every plot."""
+    place = list(TITLES).index(row)
+    own = {"marker": "*", "color": "black", "markersize": 13}
+    other = {"marker": "os^vDP<>Xdhp"[place % 12], "color": f"C{place % 10}", "markersize": 6}
+    return (own if row == "auto" else other) | {"label": TITLES[row].strip("*")}
 
 
 def _order(rows: Iterable[str]) -> list[str]:
@@ -206,10 +220,18 @@ def _times(whole: float, part: float) -> str:
     return f"{whole / part:.1f}" if part else "–"
 
 
+def _known(seeds: Mapping[str, Figures], key: str) -> bool:
+    return all(found[key] is not None for found in seeds.values())
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # 0.0 added: −0.0 would be shown as such
+
+
 def _spread(seeds: Mapping[str, Figures], key: str, factor: float = 1.0) -> str:
     """Mean, and ± the standard deviation over seeds where there are several; a dash where it has no meaning."""
     values = [factor * found[key] for found in seeds.values() if found[key] is not None]
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.1f}" if factor > 1 else f"{statistics.fmean(values):+.2f}"
+    mean = f"{statistics.fmean(values):.1f}" if factor > 1 else _signed(statistics.fmean(values), 2)
     return f"{mean} ±{statistics.stdev(values):.1f}" if len(values) > 1 else mean

@@ -176,6 +176,7 @@ def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
         }
 
     stream = {
+        "stream": "ten",
         "tasks": ["a", "b"],
         "date": "2026-11-30",
         "hardware": "none",
