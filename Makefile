@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions bench-streams smollm2 setup clean lock
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -115,6 +115,15 @@ bench-service: $(READY)
 # BENCH="--data FOLDER".
 bench-revisions: $(READY)
 	$(BIN)/python benchmarks/revisions.py $(BENCH)
+
+# An hour for each seed on one free core: streams of real tasks, every way to learn them, docs/quality.md. Needs text
+# sets, is resumed where it was killed; see the file: make bench-streams BENCH="--data FOLDER --orders ten --seeds 0".
+bench-streams: $(READY)
+	$(BIN)/python benchmarks/streams/run.py $(BENCH)
+
+# A real language model for benchmarks, once, in a folder outside the repository: see the file.
+smollm2: $(READY)
+	@$(BIN)/python benchmarks/smollm2.py
 
 setup: $(READY)
 

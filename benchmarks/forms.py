@@ -137,13 +137,13 @@ def _merged(whole: Mapping[str, Adapter]) -> Iterator[tuple[str, int, float, Map
             merged = merge_all(whole, variant, settings)
             name = {"paper": "Share, the paper's form", "canonical": "one basis for all, fixed size"}[variant]
             yield name, directions, merged.stored_numbers, merged.updates
-        yield JOINT, directions, *_jointly(whole, directions)
+        yield JOINT, directions, *compressed(whole, directions)
     for variant in ONE_OF_ALL:
         merged = merge_all(whole, variant, SubspaceSettings(rank_fixed=RANK))
         yield f"one adapter for all: {variant}", RANK, merged.stored_numbers, merged.updates
 
 
-def _jointly(whole: Mapping[str, Adapter], directions: int) -> tuple[int, dict[str, dict[str, ModuleUpdate]]]:
+def compressed(whole: Mapping[str, Adapter], directions: int) -> tuple[int, dict[str, dict[str, ModuleUpdate]]]:
     """Numbers, and P·Σ_t·Qᵀ of each task with a full K×K matrix Σ_t: bases fitted to all tasks in turns.
 
     Source: the joint compression of Brüel-Gabrielsson et al., Compress then Serve (arXiv:2407.00066), with each task

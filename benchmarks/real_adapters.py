@@ -133,7 +133,7 @@ def tasks(data: Path | None) -> dict[str, TaskSpec]:
     if not files:
         raise SystemExit(f"--data {data}: no folder in it has a meta.json with label_names: no text sets")
     return {
-        meta["name"]: _text_task(meta, files[meta["name"]])
+        meta["name"]: text_task(meta, files[meta["name"]])
         for meta in sorted((meta for meta in metas if meta["name"] in files), key=lambda m: _size(files[m["name"]], m))
     }
 
@@ -142,16 +142,18 @@ def _size(file: Path, meta: Figures) -> float:
     return file.stat().st_size / int(meta["n_train"])
 
 
-def _text_task(meta: Figures, file: Path) -> TaskSpec:
+def text_task(meta: Figures, file: Path) -> TaskSpec:
+    """The task of a text set: its classes, or numbers where it has none."""
     return TaskSpec(
         team="bench",
         name=meta["name"].replace("_", "-"),
         base_model="minilm",
+        kind="sequence_classification" if meta["label_names"] else "sequence_regression",
         data=DataSpec(
             train_file=str(file),
             eval_file=str(file.with_name("test.jsonl.gz")),
-            text_pair_column="text_b" if meta["kind"] == "pair" else None,
-            label_names=tuple(meta["label_names"]),
+            text_pair_column="text_b" if meta["kind"].startswith("pair") else None,
+            label_names=tuple(meta["label_names"] or ()),
             max_length=MAX_LENGTH,
         ),
         training=TrainingSpec(learning_rate=1e-3, num_train_epochs=3, per_device_train_batch_size=16),

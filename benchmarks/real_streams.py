@@ -15,6 +15,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ from subspace_store.merging.basis import ModuleBasis
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
-from workers.methods import NOTHING, Given, Method, auto, lora, share
+from workers.methods import NOTHING, Given, Method, auto, codyra, lora, share
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = SubspaceSettings()
-METHODS: Mapping[str, Method] = {"share": share, "lora": lora}
+METHODS: Mapping[str, Method] = {"share": share, "lora": lora, "codyra": codyra}
 TEST_ROWS = 500
 ALL_ROWS = 10**6
 ALL = "-all"
@@ -105,45 +106,25 @@ def measure(
     store = SubspaceStore.open(fresh_storage(), settings=merging, base_model=base.name, writer="benchmark")
     rows, delivered, held, wholes = [], {}, {}, {}
     for case in cases:
-        rest, validation = set_aside(case.train)
-        if why := not_compared(case.spec, validation):
+        if why := not_compared(case.spec, set_aside(case.train)[1]):
             say(f"{case.spec.name}: left out, {why}")
             continue
         version = store.state.refs["candidate"]
-        ranks = store.training_ranks(version)
-        leased = Given(version=version, basis=store.training_basis(version))
-        adapted = lora.target_modules(base, case.spec.lora, case.spec.kind)
-        is_large = auto.is_large_enough(ranks, adapted)
-        found = {"lora": trained(base, case, "lora", rest, folder)}
-        if is_large:
-            found["share"] = trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
-        in_basis = {"lora": {}, "share": ranks}
 
-        def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
-            return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
+        def train(name: str, rows: Sequence[Row], which: str, given: Given, case: Case = case) -> Adapter:
+            where = f"{which}-in-{name_of(given)}" if name == "share" else which
+            return trained(base, case, name, rows, folder, where, given)
 
-        def final(
-            form: auto.Form, case: Case = case, rest: Any = rest, validation: Any = validation, given: Given = leased
-        ) -> Adapter:
-            if not needs_all_rows(rest, validation):
-                return auto.sized(form.adapter, 1.0)
-            which = ALL if form.method == "lora" else f"{ALL}-in-{_name_of(given)}"
-            return auto.sized(trained(base, case, form.method, case.train, folder, which, given), form.share)
-
-        loss_max = case.spec.method.loss_max
-        kept, said = auto.chosen(
-            found, judge, loss_max, lambda name, adapter, of=in_basis: auto.numbers(adapter, of[name])
-        )
-        alone, _ = auto.chosen({"lora": found["lora"]}, judge, loss_max)
-        adapter, separate = final(kept), final(alone)
+        raced = race(base, case, store, train)
+        adapter, separate = raced.adapter, race(base, case, store, train, only_lora=True).adapter
         whole = trained(base, case, "lora", case.train, folder, ALL)
         before = store.footprint(version).total_numbers if version else 0
         merged(store, {case.spec.name: adapter})
         row: Figures = {
             "task": case.spec.name,
-            "kept": kept.method,
-            "compared": list(found),
-            "share_of_energy": kept.share,
+            "kept": raced.form.method,
+            "compared": list(raced.compared),
+            "share_of_energy": raced.form.share,
             "numbers": store.footprint(store.state.refs["candidate"]).total_numbers - before,
             "numbers_alone": separate.numbers,
             "numbers_trained": whole.parameter_count,
@@ -155,9 +136,48 @@ def measure(
         rows.append(row)
         delivered[case.spec.name], held[case.spec.name], wholes[case.spec.name] = adapter, case, whole
         say(json.dumps(row))
-        for line in said:
+        for line in raced.said:
             say(line)
     return {"tasks": rows} | _stored(base, store, rows, delivered, held) | {"trained_apart": _apart(base, wholes)}
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What `auto` makes of a task."""
+
+    adapter: Adapter
+    form: auto.Form
+    """Form that won on the validation rows."""
+    compared: tuple[str, ...]
+    said: tuple[str, ...]
+
+
+Train = Callable[[str, Sequence[Row], str, Given], Adapter]
+"""Trains a method on some rows; `which` tells those of one method apart."""
+
+
+def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_lora: bool = False) -> Raced:
+    """`auto` as a worker does it: candidates on the training rows without the validation rows, `share` in the basis of
+    `candidate`, then the winner on all rows."""
+    rest, validation = set_aside(case.train)
+    version = store.state.refs["candidate"]
+    ranks = store.training_ranks(version)
+    leased = Given(version=version, basis=store.training_basis(version))
+    found = {"lora": train("lora", rest, "", NOTHING)}
+    if not only_lora and auto.is_large_enough(ranks, lora.target_modules(base, case.spec.lora, case.spec.kind)):
+        found["share"] = train("share", rest, "", leased)
+    in_basis = {"lora": {}, "share": ranks}
+
+    def judge(adapter: Adapter) -> tuple[float, ...]:
+        return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
+
+    kept, said = auto.chosen(
+        found, judge, case.spec.method.loss_max, lambda name, adapter: auto.numbers(adapter, in_basis[name])
+    )
+    if not needs_all_rows(rest, validation):
+        return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)
+    final = train(kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
+    return Raced(auto.sized(final, kept.share), kept, tuple(found), said)
 
 
 def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> Figures:
@@ -179,7 +199,7 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
         for tasks, count in BASES:
             leased = Given(version=1, basis=leading_basis(made_of[:tasks], count))
             ranks = {name: basis.ranks for name, basis in leased.basis.items()}
-            adapter = trained(base, case, "share", rest, folder, f"-in-{_name_of(leased)}", leased)
+            adapter = trained(base, case, "share", rest, folder, f"-in-{name_of(leased)}", leased)
             kept, _ = auto.chosen(
                 {"lora": whole, "share": adapter},
                 judge,
@@ -295,17 +315,44 @@ def trained(
     """
     file = folder / f"{case.spec.name}-{name}{which}.safetensors"
     if not file.is_file():
-        method = METHODS[name]
-        columns = case.spec.method.model_copy(update={"temporary_columns": 0})
-        spec = case.spec.model_copy(update={"method": columns})
-        model = method.prepare(base, spec, given)
-        fit(model, base, rows, spec, Surroundings())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(adapter_to_bytes(method.finish(model, base, spec, given)))
+        keep(file, adapter_to_bytes(made(base, case, name, rows, given)))
     return adapter_from_bytes(file.read_bytes(), str(file))
 
 
-def _name_of(leased: Given) -> str:
+def made(
+    base: BaseModel,
+    case: Case,
+    name: str,
+    rows: Any,
+    given: Given = NOTHING,
+    change: Callable[[Any], None] = lambda model: None,
+) -> Adapter:
+    """The case's adapter by a method, trained now; by `share` without temporary columns, as `auto` has it, unless the
+    case asks for `share` itself.
+
+    Args:
+        change: Called with the model that the method has prepared, before its first step.
+    """
+    method = METHODS[name]
+    spec = case.spec
+    if spec.method.name != "share":
+        spec = spec.model_copy(update={"method": spec.method.model_copy(update={"temporary_columns": 0})})
+    model = method.prepare(base, spec, given)
+    change(model)
+    after_step = partial(method.after_step, model, spec)
+    fit(model, base, rows, spec, Surroundings(after_step=after_step))
+    return method.finish(model, base, spec, given)
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+def name_of(leased: Given) -> str:
     """Tells bases apart."""
     return digest(b"".join(basis.p_NK.numpy().tobytes() for basis in leased.basis.values()))[:12]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_adapters import _text_task, read
+from benchmarks.real_adapters import read, text_task
 from benchmarks.real_streams import Case, _cut, base_model, related
 from configs.settings import SubspaceSettings
 from configs.task_spec import TrainingSpec
@@ -63,10 +63,10 @@ def _disjoint(data: Path) -> list[Case]:
     cases = []
     for name in ("ag_news", "cola", "sst2", "trec6"):
         meta = json.loads((data / name / "meta.json").read_text())
-        spec = _text_task(meta, data / name / "train.jsonl.gz")
+        spec = text_task(meta, data / name / "train.jsonl.gz")
         cases.append(Case(spec, read(spec, spec.data.train_file, 16 * STEPS), read(spec, spec.data.eval_file, ROWS)))
     meta = json.loads((data / "banking77/meta.json").read_text())
-    whole = _text_task(meta, data / "banking77/train.jsonl.gz")
+    whole = text_task(meta, data / "banking77/train.jsonl.gz")
     train, test = (read(whole, file, 10**6) for file in (whole.data.train_file, whole.data.eval_file))
     for group in range(TASKS - len(cases)):
         chosen = list(range(11 * group, 11 * group + 11))

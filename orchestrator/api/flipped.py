@@ -104,4 +104,6 @@ def _told(at: int, rows: EvaluationRows | None, spec: TaskSpec) -> dict[str, Any
 def _expected(row: Row, spec: TaskSpec) -> str:
     if isinstance(row, CompletionRow):
         return row.completion
+    if isinstance(row.label, tuple):
+        return ", ".join(f"{name} {number:g}" for name, number in zip(spec.data.label_names, row.label, strict=True))
     return f"{row.label:g}" if isinstance(row.label, float) else spec.data.label_names[row.label]
