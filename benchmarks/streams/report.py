@@ -53,7 +53,7 @@ def summary(streams: Mapping[str, Figures]) -> Figures:
         if not measured:
             continue
         of, seeds = measured[0], measured[0]["rows"][row]
-        found[key] = {name: round(_column(seeds, name), 4) for name in FIGURES[key]}
+        found[key] = {name: round(_column(seeds, name), 4) + 0.0 for name in FIGURES[key]}
         found[key] |= {
             "stream": of["stream"],
             "row": row,
