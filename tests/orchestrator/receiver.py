@@ -51,7 +51,7 @@ class Receiver:
     @property
     def hook(self) -> dict[str, Any]:
         """Settings of a webhook that leads here."""
-        return {"url": f"{self.url}/path-that-is-secret?key=canary", "private": True, "secret_env": VARIABLE}
+        return {"url": f"{self.url}/path-that-is-secret?key=magpie", "private": True, "secret_env": VARIABLE}
 
     @property
     def messages(self) -> list[dict[str, Any]]:

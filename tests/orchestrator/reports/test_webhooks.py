@@ -273,7 +273,7 @@ def test_what_may_not_be_is_not_sent_and_says_why(
     inside = one.url.replace("http://127.0.0.1", "https://localhost")
     said = answered(plant, one, url=inside, private=False)
     assert said == "is an address of this machine or of a private network, and nothing was sent there"
-    for secret, why in (("hunter2-canary", "does not hold a secret"), ("whsec_YQ==", "does not hold a secret")):
+    for secret, why in (("hunter2-magpie", "does not hold a secret"), ("whsec_YQ==", "does not hold a secret")):
         monkeypatch.setenv(VARIABLE, secret)
         said = answered(plant, one)
         assert why in said
@@ -319,7 +319,7 @@ def test_webhooks_are_listed_tested_and_reloaded_and_nothing_secret_is_shown(
 ) -> None:
     caplog.set_level(logging.DEBUG, "onebasis")
     monkeypatch.setenv("ONEBASIS_STATE_DIR", str(site.folder))
-    one, refuses = receiver(), receiver(lambda number: (500, b"canary"))
+    one, refuses = receiver(), receiver(lambda number: (500, b"magpie"))
     fresh = settings(
         site.folder,
         storage=site.plant.settings.storage.model_dump(),
@@ -369,5 +369,5 @@ def test_webhooks_are_listed_tested_and_reloaded_and_nothing_secret_is_shown(
     shown = json.dumps([site.client.ask(ListWebhooks()), site.client.ask(ShowSettings()), mine])
     for text in (shown, whole, caplog.text):
         assert "path-that-is-secret" not in text
-        assert "canary" not in text
+        assert "magpie" not in text
         assert SECRET not in text
