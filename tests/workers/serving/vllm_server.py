@@ -191,7 +191,9 @@ def main() -> None:
         pip = [uv, "pip", "install", "--quiet", "--no-deps", "--target", str(FOLDER)]
         subprocess.run([*pip, *NEEDED, VLLM], check=True)
         noted.write_text(wanted)
-    tests = ["-m", "pytest", "-q", "tests/workers/serving/test_vllm_resolver.py"]
+    # A thread of one of vLLM's libraries would abort an interpreter that ends in the ordinary way.
+    run = "import os, sys, pytest; code = pytest.main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"
+    tests = ["-c", run, "-q", "tests/workers/serving/test_vllm_resolver.py"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER)}
     sys.exit(subprocess.run([sys.executable, *tests], env=environment).returncode)
 
