@@ -115,22 +115,28 @@ class StoreResolver:
     def follow(self) -> None:
         """Look whether `main` has moved, and have vLLM take what it holds now."""
         with self._lock:
-            number = self._store.refresh().refs[MAIN]
-            for task, folder in list(self._loaded.items()):
-                try:
-                    self._follow_one(task, folder, number)
-                    self._told.pop(task, None)
-                except OnebasisError as error:
-                    self._tell(task, f"vLLM goes on answering for {task} by {folder.name}: {error}")
+            number, loaded = self._store.refresh().refs[MAIN], dict(self._loaded)
+        for task, folder in loaded.items():
+            try:
+                self._follow_one(task, folder, number)
+                self._told.pop(task, None)
+            except OnebasisError as error:
+                self._tell(task, f"vLLM goes on answering for {task} by {folder.name}: {error}")
 
     def _follow_one(self, task: str, folder: Path, number: int) -> None:
-        """Raises: OnebasisError: it is tried again at the next look."""
+        """vLLM is asked without the lock: for its answer it waits until nobody resolves the same name.
+
+        Raises:
+            OnebasisError: It is tried again at the next look.
+        """
         if self._held.find(task, number) is None:
             log.warning("%s: main is version %d, which does not hold it; vLLM lets it go", task, number)
             self._ask("/v1/unload_lora_adapter", lora_name=task)
-            del self._loaded[task]
+            with self._lock:
+                self._loaded.pop(task, None)
             return
-        new = self._written(task, number)
+        with self._lock:
+            new = self._written(task, number)
         if new == folder:
             return
         if (new / WEIGHTS_FILE).read_bytes() != (folder / WEIGHTS_FILE).read_bytes():
@@ -138,7 +144,8 @@ class StoreResolver:
             log.info("%s: vLLM answers by version %d", task, number)
             if (old := self._before.pop(task, None)) is not None and old != new:
                 shutil.rmtree(old, ignore_errors=True)
-            self._loaded[task], self._before[task] = new, folder
+            with self._lock:
+                self._loaded[task], self._before[task] = new, folder
         else:
             shutil.rmtree(new, ignore_errors=True)  # the same: what vLLM was given stays
 
@@ -207,7 +214,9 @@ def register() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    store = SubspaceReader.open(open_storage(StorageSettings(url=storage_place(url, Path.cwd()))))
+    storage = open_storage(StorageSettings(url=storage_place(url, Path.cwd())))
+    storage.read("FORMAT")  # a folder without a store would say of every task that it does not exist
+    store = SubspaceReader.open(storage)
     if not (folder := os.environ.get(FOLDER)):
         folder = tempfile.mkdtemp(prefix="onebasis-vllm-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

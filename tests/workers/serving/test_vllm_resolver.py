@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from configs.errors import NotFound
 from subspace_store import Adapter, SubspaceStore
 from subspace_store.formats.peft import read_peft_folder
 from subspace_store.storage.local import LocalStorage
@@ -187,6 +189,25 @@ def test_folders_of_versions_that_nobody_is_answered_by_are_deleted(
     assert left == ["team+charges@v3", "team+charges@v4"]
 
 
+def test_a_task_may_be_resolved_while_vllm_takes_what_is_new(
+    vllm: Vllm, resolver: StoreResolver, store: SubspaceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm.ask("team/charges")
+    merged(store, {"charges@2": tiny(headless(3))}, replaces={"charges@2": "charges"})
+    publish(store)
+    found = []
+
+    def ask(path: str, **values: Any) -> None:
+        # vLLM answers a load when nobody resolves the same name: whoever does must not wait for the follower.
+        asker = threading.Thread(target=lambda: found.append(resolver.adapter("the-base", "team/charges")))
+        asker.start()
+        asker.join(20)
+
+    monkeypatch.setattr(resolver, "_ask", ask)
+    resolver.follow()
+    assert [folder.name for folder in found if folder is not None] == ["team+charges@v2"]
+
+
 def test_vllm_finds_the_plugin_and_without_a_store_it_does_nothing(
     store: SubspaceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +228,10 @@ def test_vllm_finds_the_plugin_and_without_a_store_it_does_nothing(
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
     plugin.load()()
+    assert registered == {}
+    monkeypatch.setenv("ONEBASIS_STORE", f"file:{tmp_path}")
+    with pytest.raises(NotFound, match="FORMAT"):  # the folder above
+        plugin.load()()
     assert registered == {}
     monkeypatch.setenv("ONEBASIS_STORE", f"file:{tmp_path / 'store'}")
     monkeypatch.setenv("ONEBASIS_VLLM_FOLDER", str(tmp_path / "written"))
