@@ -452,7 +452,8 @@ def _numbers(count: int, given: Any, column: str, where: str) -> tuple[float, ..
     if is_missing(label) and not isinstance(label, list):
         raise missing(column, where, label)
     parts = label if isinstance(label, list) else [label]
-    flat = [number for part in parts for number in (part if isinstance(part, list) else [part])]
+    are_points = bool(parts) and all(isinstance(part, list) and len(part) == 2 for part in parts)
+    flat = [number for point in parts for number in point] if are_points else parts
     if len(flat) != count:
         raise InvalidInput(
             f"column '{column}' has {len(flat)} numbers, and data.label_names are {count}",

@@ -326,7 +326,10 @@ def test_a_label_of_several_numbers_is_a_list_of_them_or_of_points(label: Any) -
         ([0, 1, 2, 1e39], "is 1e.39"),
         ([0, 1, 2, True], "must be a number, not bool"),
         ([0, 1, 2, None], "label"),
-        ([0, 1, [2, [3]]], "must be a number, not list"),
+        ([0, 1, 2, [3]], "must be a number, not list"),
+        ([[0, 1], [2, [3]]], "must be a number, not list"),
+        ([[0, 1, 2, 3]], "numbers, and data.label_names are 4"),  # all x, then all y?
+        ([[0, 1], 2, 3], "numbers, and data.label_names are 4"),
         (None, "label"),
     ],
 )
