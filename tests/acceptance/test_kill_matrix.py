@@ -27,7 +27,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -273,10 +273,12 @@ def as_name(part: str) -> str:
     return part.replace(" ", "-").replace("_", "-").lower()
 
 
-ROWS = [
-    pytest.param(*row, id=as_name(row[0]), marks=[pytest.mark.stops] if row[0] in WITH_THE_HEAD else [])
-    for row in KILLS
-]
+def rows(by_themselves: Collection[str]) -> list[Any]:
+    """The table, of which these parts are killed by `make test-kills` alone."""
+    return [
+        pytest.param(*row, id=as_name(row[0]), marks=[pytest.mark.stops] if row[0] in by_themselves else [])
+        for row in KILLS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +287,7 @@ def undisturbed(service: Matrix) -> dict[str, dict[str, Any]]:
     return {state: outcome(task) for state, task in service.let_go(service.in_each("nothing")).items()}
 
 
-@pytest.mark.parametrize(("part", "told", "may_pay"), ROWS)
+@pytest.mark.parametrize(("part", "told", "may_pay"), rows(WITH_THE_HEAD))
 def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_becomes_of_them(
     service: Matrix,
     undisturbed: dict[str, dict[str, Any]],
@@ -304,8 +306,8 @@ def test_what_is_killed_with_a_task_in_each_state_changes_nothing_of_what_become
     assert found == undisturbed
 
 
-WHILE_REFINING = ("control plane", "GangActor", "StoreActor")
-"""What has a part in a refinement; the rest is killed during one by `make test-kills` alone."""
+WITHOUT_REFINING = {row[0] for row in KILLS} - {"control plane", "GangActor", "StoreActor"}
+"""What has no part in a refinement of its own: during one it is killed by `make test-kills` alone."""
 
 
 @pytest.fixture(scope="module")
@@ -314,13 +316,7 @@ def undisturbed_refinement(service: Matrix) -> dict[str, Any]:
     return refined_outcome(service, service.in_refining("nothing"))
 
 
-@pytest.mark.parametrize(
-    ("part", "told", "may_pay"),
-    [
-        pytest.param(*row, id=as_name(row[0]), marks=[] if row[0] in WHILE_REFINING else [pytest.mark.stops])
-        for row in KILLS
-    ],
-)
+@pytest.mark.parametrize(("part", "told", "may_pay"), rows(WITHOUT_REFINING))
 def test_what_is_killed_while_a_task_is_refined_changes_nothing_of_what_becomes_of_it(
     service: Matrix,
     undisturbed_refinement: dict[str, Any],
