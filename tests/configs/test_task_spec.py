@@ -68,6 +68,14 @@ def test_a_safe_name_is_taken(value: str) -> None:
         ({"data": {"eval_file": None}}, "method.name 'auto' needs data.train_file and data.eval_file"),
         ({"data": {"label_names": ["a"]}}, "data.label_names must list at least two labels"),
         ({"data": {"label_names": ["a", "b", "a"]}}, "data.label_names has duplicates"),
+        (
+            {"kind": "image_regression", "metric": "pck", "data": {"label_names": []}},
+            "data.label_names must name each number of a label, in their order",
+        ),
+        (
+            {"kind": "image_regression", "metric": "pck", "data": {"label_names": ["x", "y", "z"]}},
+            "metric pck is about points, two numbers each, and data.label_names are 3",
+        ),
         ({"method": {"candidates": ["lora", "lora"]}}, "method.candidates has duplicates"),
         ({"data": {"eval_fraction": 0.1}}, "data.eval_file and data.eval_fraction exclude each other"),
         ({"pool": "small", "resources": {"ranks": 2}}, "pool and resources exclude each other"),
