@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.tasks.task_events import CancelRequested, Replaced
 from orchestrator.tasks.task_record import EarlierRows, TaskRecord, TaskState
 from orchestrator.tasks.task_rows import columns_of
 from subspace_store.formats.peft import write_peft_folder
-from tests.builders import adapter, rows, write_rows
+from tests.builders import LAYOUT, adapter, rows, write_rows
 from tests.orchestrator.tasks.test_admission import Desk
 from workers.rows.frozen_rows import open_rows
 
@@ -81,6 +82,27 @@ def test_a_third_revision_is_scored_on_the_rows_of_both_before_it(desk: Desk) ->
     assert (third.number, third.revises) == (3, second.task_id)
     assert [(rows.number, rows.task_id) for rows in third.earlier_rows] == [(1, first.task_id), (2, second.task_id)]
     assert third.numbers_of_rows == {first.task_id: 1, second.task_id: 2, third.task_id: 3}
+
+
+def test_a_revision_that_says_several_numbers_keeps_their_names(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, heads = (
+        (*LAYOUT.kinds, "image_regression"),
+        {**LAYOUT.heads, "image_regression": next(iter(LAYOUT.heads.values()))},
+    )
+    layout = replace(LAYOUT, kinds=kinds, heads=heads)
+    monkeypatch.setattr("tests.orchestrator.tasks.test_admission.LAYOUT", layout)
+
+    def document(names: list[str], first: int, **changes: Any) -> dict[str, Any]:
+        files = {}
+        for key, shift in (("train_file", first), ("eval_file", first + 50)):
+            found = [{"image": [[shift + i]], "label": [i / 7] * len(names)} for i in range(5)]
+            files[key] = str(write_rows(desk.data / f"{key}-{shift}.jsonl", found))
+        data = {**files, "label_names": names}
+        return desk.document(kind="image_regression", metric="neg_mean_absolute_error", data=data, **changes)
+
+    put(desk, desk.submit(document(["x", "y"], 0))[0], TaskState.PUBLISHED)
+    assert "list the same names" in desk.refuse(document(["x", "y", "z"], 100, revises=True))
+    assert desk.submit(document(["x", "y"], 100, revises=True))[0].number == 2
 
 
 def test_without_being_asked_for_nothing_is_revised(desk: Desk) -> None:
