@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.settings import CanarySettings
 from subspace_store.subspace_reader import SubspaceReader
 from tests.subspace_store.builders import merged
 from tests.workers.families import FAMILIES, save
@@ -240,3 +241,32 @@ def test_chats_and_prompts_are_not_mixed_up(writers: Site) -> None:
         said(one.answer([Question("seed-0", {"prompt": "Paris"}, is_chat=False)]))[0].text
         == writers.answers([("seed-0", row)])[0].text
     )
+
+
+def test_a_text_is_ended_by_the_version_that_began_it_beside_those_of_the_next(writers: Site) -> None:
+    one, found = replica(writers), dict[str, object]()
+    (before,) = said(one.answer([Question("seed-0", TEXTS[0])]))
+    one.begin([Question("seed-0", TEXTS[0])], lambda _, answer: found.setdefault("first", answer))
+    one.step()
+    publish(writers, 1)
+    assert one.follow()
+    one.begin([Question("seed-0", TEXTS[1])], lambda _, answer: found.setdefault("second", answer))
+    one.step()
+    assert found == {}
+    while one.step():
+        pass
+    assert found["first"] == before
+    assert found["second"] == said(one.answer([Question("seed-0", TEXTS[1], version=1)]))[0]
+
+
+def test_a_request_of_which_the_canary_cannot_write_every_row_is_written_by_main(writers: Site) -> None:
+    one = replica(writers, writers.version - 1)
+    one.set_canary(CanarySettings(version=writers.version, share=1.0))
+    one.follow()
+    too_long = Writing(new_tokens=64)
+    asked = [Question("seed-0", TEXTS[0], key="a"), Question("seed-0", TEXTS[1], key="b")]
+    first, second, refused = one.answer([*asked, Question("seed-0", TEXTS[1], writing=too_long, key="b")])
+    assert [answer.version for answer in said([first, second])] == [writers.version, writers.version - 1]
+    assert "leaves no room for a prompt" in str(refused)
+    assert one.canary is not None
+    assert one.canary.comparison.as_dict()["failed"] == 1
