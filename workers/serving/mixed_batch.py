@@ -227,17 +227,12 @@ class MixedBatch:
 
     def step(self) -> None:
         """Write a token of every row that has been begun."""
-        over: list[tuple[Pen, Exception | None]] = []
+        over: dict[Pen, Exception | None] = {}
         for alone, running in list(self._running.items()):
-            try:
-                over += [(pen, None) for pen in running.step()]
-            except Exception as error:  # whatever it is: it is told to all whose rows are lost
-                over += [(pen, error) for pen in running.pens]
+            over |= running.step()
+            if not running.pens:
                 del self._running[alone]
-            else:
-                if not running.pens:
-                    del self._running[alone]
-        for pen, went_wrong in over:
+        for pen, went_wrong in over.items():
             pen.done(went_wrong)
 
     # What passes through the model

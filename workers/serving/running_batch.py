@@ -55,60 +55,76 @@ class RunningBatch:
         self._model, self._taken = model, frozenset(inspect.signature(model.forward).parameters)
         self._waiting: deque[Pen] = deque()
         self._pens: list[Pen] = []
+        self._open: dict[Pen, None] = {}
+        """All rows that have not ended, those that wait among them."""
         self._cache: Any = None
         self._mask_ST: Tensor = torch.zeros(0, 0, dtype=torch.long)
         self._batch: Any = None
 
     @property
     def pens(self) -> list[Pen]:
-        """The rows that have not ended, those that wait at the end."""
-        return [*self._pens, *self._waiting]
+        """The rows that are still to be written."""
+        return list(self._open)
 
     def add(self, pens: Sequence[Pen]) -> None:
         """Rows that are to be written, too: from the next step on, or as soon as there is room."""
         self._waiting.extend(pens)
+        self._open |= dict.fromkeys(pens)
 
-    def step(self) -> list[Pen]:
-        """Write a token of every row; returns the rows that are to be written no further.
+    def step(self) -> dict[Pen, Exception | None]:
+        """Write a token of every row.
+
+        Returns:
+            The rows that are written no further, each with what went wrong, or None. Prompts that cannot be read cost
+            the rows that are written already nothing; whatever else goes wrong costs all of them.
 
         Cost:
             A pass over one token of each row, and where rows begin, one over their prompts.
         """
-        self._between()
-        over: list[Pen] = []
-        with torch.inference_mode():
-            if self._pens:
-                over += self._go_on()
-            if begun := self._admitted():
-                over += self._begin(begun)
+        over: dict[Pen, Exception | None] = {}
+        try:
+            self._between()
+            with torch.inference_mode():
+                if self._pens:
+                    over |= dict.fromkeys(self._go_on())
+                if begun := self._admitted():
+                    over |= self._begin(begun)
+        except Exception as error:
+            over = {pen: over.get(pen, error) for pen in self._open}
+            self._waiting.clear()
+            self._pens, self._cache, self._batch = [], None, None
+        for pen in over:
+            del self._open[pen]
         return over
 
     def _go_on(self) -> list[Pen]:
         ids_S1 = torch.tensor([[pen.last] for pen in self._pens], device=self._model.device)
         self._mask_ST = pad(self._mask_ST, (0, 1), value=1)
-        logits_SV = self._pass(ids_S1, self._mask_ST, self._cache, self._batch)
-        over = _taken(self._pens, logits_SV)
+        over = _taken(self._pens, self._pass(ids_S1, self._mask_ST, self._cache, self._batch))
         self._keep([place for place, pen in enumerate(self._pens) if pen not in over])
         return over
 
-    def _begin(self, pens: list[Pen]) -> list[Pen]:
+    def _begin(self, pens: list[Pen]) -> dict[Pen, Exception | None]:
         width = max(len(pen.prompt) for pen in pens)
         ids = [[self._pad_id] * (width - len(pen.prompt)) + [*pen.prompt] for pen in pens]
         mask = [[0] * (width - len(pen.prompt)) + [1] * len(pen.prompt) for pen in pens]
-        mask_ST = torch.tensor(mask, device=self._model.device)
-        batch, cache = self._writer.together([pen.task for pen in pens], None), self._new_cache()
-        logits_SV = self._pass(torch.tensor(ids, device=self._model.device), mask_ST, cache, batch)
-        over = _taken(pens, logits_SV)
+        try:
+            ids_ST, mask_ST = (torch.tensor(rows, device=self._model.device) for rows in (ids, mask))
+            batch = self._writer.together([pen.task for pen in pens], None)
+            cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+            over = _taken(pens, self._pass(ids_ST, mask_ST, cache, batch))
+        except Exception as error:
+            return dict.fromkeys(pens, error)
         if self._pens:
             width = max(width, self._mask_ST.shape[1])
             both = [pad(mask_ST, (width - mask_ST.shape[1], 0)) for mask_ST in (self._mask_ST, mask_ST)]
             self._mask_ST, self._pens = torch.cat(both), [*self._pens, *pens]
             _join(self._cache, cache)
+            self._batch = self._writer.together([pen.task for pen in self._pens], self._batch)
         else:
             self._pens, self._mask_ST, self._cache, self._batch = pens, mask_ST, cache, batch
-        self._batch = self._writer.together([pen.task for pen in self._pens], self._batch)
         self._keep([place for place, pen in enumerate(self._pens) if pen not in over])
-        return over
+        return dict.fromkeys(over)
 
     def _admitted(self) -> list[Pen]:
         """Those of the waiting rows that there is room for, in their order."""
@@ -130,9 +146,6 @@ class RunningBatch:
         return getattr(config, "attention_chunk_size", None) is None and all(
             type(layer) in JOINED for layer in self._cache.layers
         )
-
-    def _new_cache(self) -> Any:
-        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
 
     def _pass(self, ids_ST: Tensor, mask_ST: Tensor, cache: Any, batch: Any) -> Tensor:
         """S×V: logits after the last token of each row, float32. The cache takes the tokens in."""

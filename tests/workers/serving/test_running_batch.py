@@ -97,6 +97,26 @@ def test_no_more_rows_than_there_is_room_for_are_written_at_once() -> None:
     assert [len(pen.ids) for pen in pens] == [3, 4, 2]  # the third takes the place of the first
 
 
+def test_a_prompt_that_cannot_be_read_costs_nobody_else_an_answer() -> None:
+    class Small(Alone):
+        def together(self, tasks: Sequence[Any], before: Any) -> None:
+            if tasks == ["large"]:
+                raise RuntimeError("out of memory")
+
+    model = model_of("llama")
+    running = RunningBatch(Small(model), 0, lambda: None)
+    pens = [Pen(TOKENIZER, PROMPTS[n], Writing(), LIMITS[n], task=task) for n, task in enumerate(("a", "large", "b"))]
+    over: dict[Pen, Exception | None] = {}
+    for pen in pens:
+        running.add([pen])
+        over |= running.step()
+    assert [str(error) for error in over.values()] == ["out of memory"]
+    while running.pens:
+        over |= running.step()
+    assert [over[pen] is None for pen in pens] == [True, False, True]
+    assert [pens[n].ids for n in (0, 2)] == [ids_alone(model, PROMPTS[n], LIMITS[n]) for n in (0, 2)]
+
+
 @pytest.fixture(scope="module")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> Site:
     source = save_llama(tmp_path_factory.mktemp("writers"), initializer_range=0.6)
