@@ -60,7 +60,8 @@ class Batcher:
         """Batches and rows so far."""
 
     async def answer(self, questions: Sequence[Question]) -> Sequence[Said]:
-        """Answers in the order of the questions, all that name no version by the same one."""
+        """Answers in the order of the questions, all that name no version by the same one. When nobody waits for them
+        any more, texts are written no further."""
         began = time.monotonic()
         self._unanswered += 1
         try:
@@ -72,11 +73,12 @@ class Batcher:
         return answers
 
     async def _ask(self, questions: Sequence[Question]) -> Sequence[Said]:
-        asked = _Asked(questions, asyncio.get_running_loop().create_future())
+        answers: asyncio.Future[Sequence[Said]] = asyncio.get_running_loop().create_future()
+        asked = _Asked([replace(one, wanted=lambda: not answers.done()) for one in questions], answers)
         self._waiting.append(asked)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await asked.answers
+        return await answers
 
     def _compare(self, canary: Chosen, seconds: float, questions: Sequence[Question], answers: Sequence[Said]) -> None:
         """Note how long a request took; of one that the canary answered, have `main`'s version answer too, if nobody
@@ -105,15 +107,11 @@ class Batcher:
         task.add_done_callback(self._comparing.discard)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Said]:
-        """The pieces of an answer, then all of it, or its error. When nobody listens any more, it is written no
-        further."""
+        """The pieces of an answer, then all of it, or its error."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | Said | Exception]()
-        is_heard = True
 
-        def wrote(piece: str) -> bool:
-            if piece:
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-            return is_heard
+        def wrote(piece: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async def ask() -> None:
             try:
@@ -130,7 +128,6 @@ class Batcher:
                 raise piece
             yield piece
         finally:
-            is_heard = False
             asking.cancel()
 
     async def _work(self) -> None:

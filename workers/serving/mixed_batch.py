@@ -32,7 +32,7 @@ from workers.model_folder import AUTO_CLASSES
 from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Batch, Directions, MixedLayers, TaskFactors
-from workers.serving.question import GREEDY, Answer, Writing
+from workers.serving.question import GREEDY, Answer, Wanted, Writing, always
 from workers.serving.running_batch import RunningBatch
 from workers.serving.writing import Pen
 from workers.tokens import measured_prompt, text_lengths, tokenize
@@ -55,8 +55,11 @@ class Asked:
     """Its label, or its last turn, is not looked at."""
     writing: Writing = GREEDY
     """How a language model is to write the answer."""
-    wrote: Callable[[str], bool] | None = None
-    """Takes the answer of a language model piece by piece; returns False when nobody wants more of it."""
+    wrote: Callable[[str], None] | None = None
+    """Takes the answer of a language model piece by piece."""
+    wanted: Wanted = always
+    """Whether anybody still waits for the answer of a language model: asked after every token; where nobody does, it is
+    written no further."""
 
 
 def _as_it_says(parts: TaskParts) -> TaskSpec:
@@ -305,7 +308,7 @@ class MixedBatch:
             )
             done(place, answer if error is None else error)
 
-        pen = Pen(self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote)
+        pen = Pen(self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote, asked.wanted)
         return pen
 
     # What is in memory

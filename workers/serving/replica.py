@@ -263,7 +263,7 @@ class Replica:
                 todo = "ask chat completions" if is_chat else "ask completions"
             raise InvalidInput(f"has learnt from {learnt}, and is asked for something else", one.task, todo)
         row = _row(one, inputs_of(spec), lambda values: question(values, spec, one.task))
-        return Asked(task_id, row, one.writing, one.wrote)
+        return Asked(task_id, row, one.writing, one.wrote, one.wanted)
 
     def _batch(self, number: int) -> MixedBatch:
         with self._lock:

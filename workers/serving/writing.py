@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.serving.question import Ended, Writing
+from workers.serving.question import Ended, Wanted, Writing, always
 
 UNFINISHED = "\ufffd"
 """What a tokenizer gives for a token that is the beginning of a character."""
@@ -25,7 +25,8 @@ class Pen:
         limit: Most tokens of the answer.
         done: Is to be called when it is written no further, with what went wrong or None.
         task: Whatever tells the model whose row it is.
-        wrote: Takes every further piece of the text, as soon as it is certain. Returns False when nobody wants more.
+        wrote: Takes every further piece of the text, as soon as it is certain.
+        wanted: Whether anybody still wants the text.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class Pen:
         limit: int,
         done: Callable[[Exception | None], None] = lambda error: None,
         task: Any = None,
-        wrote: Callable[[str], bool] | None = None,
+        wrote: Callable[[str], None] | None = None,
+        wanted: Wanted = always,
     ) -> None:
         self.ids: list[int] = []
         """Tokens written, without the one that ends the text."""
@@ -45,7 +47,7 @@ class Pen:
         self.ended: Ended = ""
         self.prompt, self.writing, self.limit = prompt, writing, limit
         self.done, self.task = done, task
-        self._tokenizer, self._wrote = tokenizer, wrote
+        self._tokenizer, self._wrote, self._wanted = tokenizer, wrote, wanted
         self._source = _source(writing.seed) if writing.temperature > 0 else None
         self._held = max(map(len, writing.stop), default=1) - 1
         """Characters at the end that may become the beginning of a stop text."""
@@ -85,7 +87,8 @@ class Pen:
                 self.ended = "length"
         if self.ended and not self._is_cut:
             self.text = self._decoded(0, len(self.ids))
-        return not self._say() or bool(self.ended)
+        self._say()
+        return bool(self.ended) or not self._wanted()
 
     def _read(self) -> None:
         """Decode the tokens since the last whole character, after those before it: some tokenizers put a space between
@@ -104,11 +107,12 @@ class Pen:
     def _decoded(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
 
-    def _say(self) -> bool:
-        """Hand on what is certain; returns whether more is wanted."""
+    def _say(self) -> None:
+        """Hand on what is certain."""
         certain = len(self.text) if self.ended else max(self._said, len(self.text) - self._held)
         piece, self._said = self.text[self._said : certain], certain
-        return self._wrote is None or self._wrote(piece)
+        if self._wrote is not None and piece:
+            self._wrote(piece)
 
 
 def _source(seed: int | None) -> torch.Generator:

@@ -111,13 +111,37 @@ def test_nobody_waits_for_a_neighbours_long_answer(tmp_path: Path) -> None:
 
     async def run() -> None:
         loop, began = asyncio.get_running_loop(), asyncio.Event()
-        heard = replace(long, wrote=lambda _: loop.call_soon_threadsafe(began.set) is not None)
-        written = asyncio.create_task(batcher.answer([heard]))
+
+        def wrote(_: str) -> None:
+            loop.call_soon_threadsafe(began.set)
+
+        written = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))
         await began.wait()
         for question, answer in zip(short, alone[1:], strict=True):
             (found,) = await batcher.answer([question])
             assert str(found) == str(answer)  # no error equals another
             assert not written.done()
         assert await written == alone[:1]
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_any_more_is_written_no_further(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    one, pieces = replica(site(base, "causal_lm", ["q_proj"], max_new_tokens=40)), list[str]()
+    batcher, long = Batcher(one, 8), Question("seed-0", TEXTS[0])
+
+    async def run() -> None:
+        loop, began = asyncio.get_running_loop(), asyncio.Event()
+
+        def wrote(piece: str) -> None:
+            pieces.append(piece)
+            loop.call_soon_threadsafe(began.set)
+
+        left = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))
+        await began.wait()
+        left.cancel()
+        (whole,) = said(list(await batcher.answer([long])))
+        assert 0 < len("".join(pieces)) < len(whole.text or "") / 2
 
     asyncio.run(run())

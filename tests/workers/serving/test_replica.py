@@ -173,11 +173,9 @@ def test_pieces_make_up_the_answer_and_each_row_has_its_own_ends(writers: Site) 
     one, pieces = replica(writers), [list[str](), list[str](), list[str]()]
     whole = said(one.answer([Question("seed-0", text) for text in TEXTS[:3]]))
     asked = [
-        Question("seed-0", TEXTS[0], wrote=lambda piece: pieces[0].append(piece) is None),
-        Question(
-            "seed-0", TEXTS[1], writing=Writing(new_tokens=3), wrote=lambda piece: pieces[1].append(piece) is None
-        ),
-        Question("seed-0", TEXTS[2], wrote=lambda piece: pieces[2].append(piece) is not None),  # nobody listens
+        Question("seed-0", TEXTS[0], wrote=pieces[0].append),
+        Question("seed-0", TEXTS[1], writing=Writing(new_tokens=3), wrote=pieces[1].append),
+        Question("seed-0", TEXTS[2], wanted=lambda: False),  # nobody waits
     ]
     found = said(one.answer(asked))
     assert found[0] == whole[0]
@@ -194,9 +192,7 @@ def test_an_answer_ends_before_a_stop_text_and_pieces_never_show_a_part_of_it(wr
     assert whole.text is not None
     stop = whole.text[len(whole.text) // 2 :][:4]
     pieces: list[str] = []
-    asked = Question(
-        "seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=lambda piece: pieces.append(piece) is None
-    )
+    asked = Question("seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=pieces.append)
     (found,) = said(one.answer([asked]))
     assert found.ended == "stop"
     assert "".join(pieces) == found.text == whole.text[: whole.text.index(stop)]
