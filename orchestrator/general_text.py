@@ -26,8 +26,7 @@ def general_text(base: BaseModelSettings) -> str:
     file = Path(base.general_text)
     todo = "name a text file in UTF-8, plain or .gz, that no task is trained on, or take the setting out"
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as text:
-            found = text.read(CHARACTERS)
+        found = beginning_of(file)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"byte {error.start:,} of it is no UTF-8 text", _key(base), todo) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -36,6 +35,12 @@ def general_text(base: BaseModelSettings) -> str:
         what = f"{file} has {len(found.strip()):,} characters, too few to measure by"
         raise InvalidInput(what, _key(base), f"name one of at least {LEAST:,}; the first {CHARACTERS:,} are read")
     return found
+
+
+def beginning_of(file: Path) -> str:
+    """As much of a text as is read. Raises OSError, EOFError, zlib.error, UnicodeDecodeError."""
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as text:
+        return text.read(CHARACTERS)
 
 
 def _key(base: BaseModelSettings) -> str:
