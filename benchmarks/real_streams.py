@@ -168,11 +168,13 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         found["share"] = train("share", rest, "", leased)
     in_basis = {"lora": {}, "share": ranks}
 
-    def judge(adapter: Adapter) -> tuple[float, ...]:
-        return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
-
+    judged = auto.validation_spec(case.spec)
     kept, said = auto.chosen(
-        found, judge, case.spec.method.loss_max, lambda name, adapter: auto.numbers(adapter, in_basis[name])
+        found,
+        lambda adapter: score_adapter(base, adapter, validation, judged).per_row,
+        case.spec.method.loss_max,
+        lambda name, adapter: auto.numbers(adapter, in_basis[name]),
+        judged.metric,
     )
     if not needs_all_rows(rest, validation):
         return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)

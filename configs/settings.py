@@ -43,6 +43,9 @@ class BaseModelSettings(Section):
     device: Literal["auto", "cpu"] = "auto"
     """Where the base weights are kept. `auto`: on the GPU if there is one. `cpu`: in host memory, mapped from the file
     once per machine; each task copies to the GPU what it needs (with ZeRO-3, its share)."""
+    general_text: Annotated[str | None, Located(places.absolute)] = None
+    """Text in UTF-8, plain or `.gz`, that no task is about, on the control plane's machine. Whenever a task of kind
+    `causal_lm` is scored, its first 4,096 tokens show what the base model loses by the task. None: not measured."""
 
 
 class StorageSettings(Section):
@@ -306,6 +309,10 @@ class GateSettings(Section):
     min_gain: float | None = None
     """Least gain of a new task's score over the base model alone, and over always giving the most frequent label; below
     it the version is not published. None: such a task is published with a warning."""
+    general_loss_max: float | None = Field(None, ge=0)
+    """Most that the base model may lose by a new task, in nats for each token of `base_model.general_text`, which it
+    needs; above it the version is not published. Nor where an earlier task that was below it would rise above it. None:
+    it is measured and shown only."""
     drift_min: float = Field(1e-4, ge=0)
     """Smallest relative drift since its last evaluation at which a task is scored again; below it keeps its score."""
     canary_requests_min: int | None = Field(None, ge=1)
@@ -530,6 +537,8 @@ class Settings(Section):
         names = self.base_names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"base_models: several are called '{twice[0]}': give each a name of its own")
+        if self.gate.general_loss_max is not None and not any(base.general_text for base in self.bases):
+            raise ValueError("gate.general_loss_max needs a base model with general_text, by which it is measured")
         return self
 
     @property

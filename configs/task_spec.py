@@ -226,7 +226,8 @@ class MethodSpec(Section):
     """Methods that `auto` trains the task with, each to its end. With one of them it only finds the size."""
     loss_max: float = Field(0.005, ge=0)
     """Largest loss that `auto` accepts for fewer numbers, with one standard error, on rows that are set aside for it: a
-    loss of the right label's probability, of a token's log-likelihood, of a correlation."""
+    loss of the right label's probability or of a correlation (in proportion less where that is below one half), of a
+    token's log-likelihood, or a share of the mean error of several numbers."""
     adapter: Annotated[str | None, Located(real)] = None
     """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"

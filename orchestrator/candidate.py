@@ -37,6 +37,7 @@ from configs.settings import Settings
 from orchestrator.alarms import WRITE_CODES, WRITING, AlarmCode, Ringing
 from orchestrator.canary_trial import LOOK_SECONDS, CanaryTrial
 from orchestrator.cluster import Call, Cluster, MachineLost
+from orchestrator.general_text import general_text
 from orchestrator.judging.gate import Decision, PairedDifference, compared_with, judge, paired_difference
 from orchestrator.judging.score_table import ScoreTable, evaluations_due, score_table
 from orchestrator.judging.scoring_groups import groups
@@ -105,6 +106,7 @@ class Candidate:
             answering: As for the controller.
         """
         self._settings = settings
+        self._general_text = general_text(settings.base(workers.base_model))
         self._queue = queue
         self._storage = storage
         self._store = store
@@ -396,6 +398,7 @@ class Candidate:
             eval_key=record.eval_key,
             results_key=results_key(record.task_id, version),
             earlier_rows=keys_of_earlier_rows(record),
+            general_text=self._general_text if record.spec.kind == "causal_lm" else "",
         )
 
     def take_refinement(self, order: Train, outcome: Outcome) -> None:
@@ -432,7 +435,11 @@ class Candidate:
                 for brought_by, (score, count) in outcome.of_rows.items()
             )
             current.scores[order.task_id] = TaskScore(
-                task_id=order.task_id, score=outcome.score, count=outcome.count, of_rows=of_rows
+                task_id=order.task_id,
+                score=outcome.score,
+                count=outcome.count,
+                of_rows=of_rows,
+                general_loss=outcome.general_loss,
             )
             return
         current.tries += 1

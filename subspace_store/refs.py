@@ -53,6 +53,8 @@ class Refs(SubspaceReader):
             for score in scores:
                 if score.task_id not in held:
                     raise NotFound(f"version {version} holds no task {score.task_id}")
+                if score.general_loss is not None and not math.isfinite(score.general_loss):
+                    raise InvalidInput("a loss has to be a number", score.task_id, "write null if it was not measured")
                 measured: tuple[TaskScore | RowsScore, ...] = (score, *score.of_rows)
                 for one in measured:
                     if math.isinf(one.score):

@@ -28,6 +28,7 @@ from configs.log_lines import LogFormat, write_as_actor
 from configs.settings import BaseModelSettings, StorageSettings, SubspaceSettings
 from subspace_store.log.store_format import read_format
 from subspace_store.log.version import Identity
+from subspace_store.quick_imports import quick_imports
 from subspace_store.requests import Answer, StoreRequest
 from subspace_store.storage.opening import open_storage
 
@@ -113,7 +114,8 @@ class StoreActor:
         return self._store
 
     def _open(self, base_sha256: str) -> SubspaceStore:
-        from subspace_store.subspace_store import SubspaceStore
+        with quick_imports():
+            from subspace_store.subspace_store import SubspaceStore
 
         return SubspaceStore.open(
             self._place,

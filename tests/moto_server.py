@@ -1,16 +1,22 @@
-"""A real S3 server on loopback for tests that speak S3: moto, in a process of its own."""
+"""A real S3 server on loopback for tests that speak S3: moto, in a process of its own.
+
+moto looks whether a name is free first and writes afterwards, so that now and then two creates at once both win. S3
+keeps its rule always, and so does this server: creates come one after the other.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import boto3
 
@@ -41,7 +47,7 @@ def free_port() -> int:
 def moto_server(bucket: str, **environment: str) -> Iterator[str]:
     """The server's address; it holds one empty bucket."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-P", __file__, str(port)]
     server = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment}
     )
@@ -59,3 +65,32 @@ def moto_server(bucket: str, **environment: str) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def one_create_at_a_time(application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """The same WSGI application, whose conditional writes are atomic."""
+    writing = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if "HTTP_IF_NONE_MATCH" not in environ or environ["REQUEST_METHOD"] not in ("PUT", "POST"):
+            return application(environ, start_response)
+        if environ.get("CONTENT_LENGTH"):
+            # Read before anybody has to wait: a client may stall in the middle of its bytes.
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+        with writing:
+            return application(environ, start_response)
+
+    return answer
+
+
+def main(port: int) -> None:
+    """Serve until the process is ended."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+
+    application = one_create_at_a_time(DomainDispatcherApplication(create_backend_app))
+    run_simple("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

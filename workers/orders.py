@@ -93,6 +93,8 @@ class Evaluate:
     """Storage key for each evaluation row's result; empty: not kept."""
     earlier_rows: Mapping[str, str] = field(default_factory=dict)
     """As in `Train`."""
+    general_text: str = field(default="", repr=False)
+    """Text on which it is measured what the language model loses by the task; empty: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +259,8 @@ class Evaluated:
     """All metrics of the kind, by name; the task's own is `score`."""
     of_rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """Of a revision: id of the revision that brought evaluation rows to the score on them, and their number."""
+    general_loss: float | None = None
+    """What the language model loses by the task, see `workers/general_loss.py`; None where it was not measured."""
     worker_seconds: float | None = field(default=None, compare=False)
     """As in `Trained`."""
     done_at: DoneAt = field(default=NOWHERE, compare=False)

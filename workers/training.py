@@ -311,6 +311,7 @@ class _Attempt:
                 lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).per_row,
                 spec.method.loss_max,
                 lambda method, adapter: auto.numbers(adapter, finished[method][0].leased),
+                judged.metric,
             )
             for line in lines:
                 self._say(line)

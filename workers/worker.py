@@ -36,6 +36,7 @@ from workers.chat_template import template_of
 from workers.compatibility import check_lengths
 from workers.deepspeed_engine import is_parted
 from workers.evaluation import Score, keep_results, score_adapter, score_and_keep
+from workers.general_loss import general_loss
 from workers.methods import lora
 from workers.order_book import OrderBook
 from workers.orders import (
@@ -327,7 +328,8 @@ def evaluate_version(
         score = score_and_keep(order, base, adapter, rows, storage, stop, rank, keep)
         if not parted:
             _keep_features(order, base, storage, rows, keep)
-    return _evaluated(order, score, time.monotonic() - started)
+        lost = general_loss(base, adapter, order.spec, order.general_text, stop) if order.general_text else None
+    return replace(_evaluated(order, score, time.monotonic() - started), general_loss=lost)
 
 
 def evaluate_together(

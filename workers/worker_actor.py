@@ -18,6 +18,7 @@ from configs.errors import OnebasisError
 from configs.log_lines import LogFormat, write_as_actor
 from configs.places import is_local
 from configs.settings import BaseModelSettings, StorageSettings, WorkerShape
+from subspace_store.quick_imports import quick_imports
 from workers.gang import GB
 from workers.orders import ALONE, BaseLayout, Order, Outcome, Progress, Rank
 from workers.process_monitor_actor import Watched, watch_this_process, watched
@@ -76,7 +77,8 @@ class WorkerActor(Forwarding):
         watch_this_process()
         set_environment(base_model, cpus)
         os.environ.update(_interface_environment(ray.util.get_node_ip_address()))
-        from workers.worker import Worker
+        with quick_imports():
+            from workers.worker import Worker
 
         self._does = Worker(base_model, storage, folder, cpus)
 

@@ -92,8 +92,9 @@ def _main_table(stream: Figures) -> str:
     heads = _mean(rows[REFERENCE], "bytes_heads")
     lines = [
         "| row | average | loss | of what was learnt | worst task | BWT | forgetting | merge gap | normalised "
-        "| KB shared + own | × fewer, with basis / own alone / with heads | trained numbers | seconds | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| KB shared + own | × fewer, with basis / own alone / with heads | trained numbers | base loses | seconds "
+        "| seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in _order(rows):
         seeds = rows[name]
@@ -112,6 +113,7 @@ def _main_table(stream: Figures) -> str:
             " / ".join(_times(whole, part) for part in (shared + own, own))
             + f" / {_times(whole + heads, shared + own + heads)}",
             f"{_mean(seeds, 'trained_numbers'):,.0f}",
+            _spread(seeds, "mean_general_loss"),
             f"{_mean(seeds, 'seconds'):,.0f}",
             str(len(seeds)),
         ]
@@ -230,7 +232,7 @@ def _signed(value: float, digits: int) -> str:
 
 def _spread(seeds: Mapping[str, Figures], key: str, factor: float = 1.0) -> str:
     """Mean, and ± the standard deviation over seeds where there are several; a dash where it has no meaning."""
-    values = [factor * found[key] for found in seeds.values() if found[key] is not None]
+    values = [factor * found[key] for found in seeds.values() if found.get(key) is not None]
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.1f}" if factor > 1 else _signed(statistics.fmean(values), 2)

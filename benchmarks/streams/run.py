@@ -4,6 +4,7 @@
                            superni is of the language model that `make smollm2` makes
     --seeds 0,1,2          seeds of all trainings, of which all rows are done before the next one begins
     --rows separate,auto   rows of benchmarks/streams/ways.py; default: all
+    --general-text FILE    text by which it is measured what a language model loses by its tasks
     --adapters FOLDER      the adapters of `hundred`, see benchmarks/streams/hundred.py
     --steps N              optimisation steps of each training; default: see the same file
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
@@ -45,6 +46,7 @@ from benchmarks.streams.orders import GRIDS, LENGTHS, ORDERS, Length, Stream, ba
 from benchmarks.streams.table import figures  # noqa: E402
 from benchmarks.streams.ways import WAYS  # noqa: E402
 from benchmarks.streams.workshop import Workshop  # noqa: E402
+from orchestrator.general_text import beginning_of  # noqa: E402
 from workers.base_model import BaseModel  # noqa: E402
 
 REFERENCE = "separate"
@@ -66,7 +68,8 @@ def measure(asked: argparse.Namespace, order: str, seed: int) -> None:
     of = base_of(order)
     length = LENGTHS[of] if asked.steps is None else replace(LENGTHS[of], steps=asked.steps)
     grid = stream(asked.data, "grid", GRIDS[of], 0, length)
-    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say)
+    text = "" if asked.general_text is None else beginning_of(asked.general_text)
+    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say, text)
     on = hundred(asked.data, asked.adapters) if order == "hundred" else of_order(asked.data, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
@@ -103,6 +106,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--general-text", type=Path)
     parser.add_argument("--adapters", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-capacity/related")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "onebasis-streams")
     parser.add_argument("--orders", type=_names((*ORDERS, "hundred")), default=["ten"])

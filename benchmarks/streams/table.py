@@ -53,6 +53,9 @@ def figures(
     if whole and speaks(stream):
         untrained = {task: shop.untrained_score(adapters[task], case) for task, case in cases.items()}
     ahead = transfer_report(table, last, untrained)
+    lost = {}
+    if shop.general_text and speaks(stream):
+        lost = {task: shop.general_loss(adapters[task], case) for task, case in cases.items()}
     in_heads = sum(tensor.numel() for adapter in adapters.values() for tensor in adapter.head.values())
     return {
         "scores": scores,
@@ -74,6 +77,8 @@ def figures(
             "average": known(ahead.average.value),
             "last": ahead.last.value,
         },
+        "general_loss": lost,
+        "mean_general_loss": statistics.fmean(lost.values()) if lost else None,
         "evaluations_spared": len(spared),
         "evaluations_due": sum(born < last for born in table.birth.values()),
         "spared_change_points": max(

@@ -16,8 +16,10 @@ from benchmarks.real_streams import Case
 from benchmarks.streams.kept import Kept, Made
 from benchmarks.streams.orders import Stream
 from subspace_store import Adapter
+from subspace_store.digests import digest
 from workers.base_model import BaseModel
 from workers.evaluation import score_adapter
+from workers.general_loss import general_loss
 from workers.methods import NOTHING, Given
 from workers.methods.factors import trainable_numbers
 from workers.rows.task_data import Row
@@ -43,6 +45,8 @@ class Workshop:
     grid: Stream
     """Tasks by which learning rates are chosen."""
     say: Callable[[str], None]
+    general_text: str = ""
+    """Text by which it is measured what a language model loses; empty: it is not."""
     _rates: dict[str, dict[float, float]] = field(default_factory=dict)
 
     @property
@@ -94,6 +98,14 @@ class Workshop:
             return score_adapter(self.base, adapter, case.test, case.spec, with_update=False).value
 
         return self.kept.score(replace(adapter, modules={}), case, "test", measure)
+
+    def general_loss(self, adapter: Adapter, case: Case) -> float:
+        """What the language model loses by a task, in nats for each token of general text."""
+
+        def measure() -> float:
+            return general_loss(self.base, adapter, case.spec, self.general_text, lambda: None)
+
+        return self.kept.score(adapter, case, f"general text {digest(self.general_text.encode())}", measure)
 
     def on_validation(self, adapter: Adapter, case: Case) -> float:
         """In the task's own metric, on the validation rows that are set aside of its training rows."""

@@ -28,6 +28,7 @@ from orchestrator.api.status import ServiceStatus
 from orchestrator.api.tasks import Check, Tasks
 from orchestrator.api.versions import Versions
 from orchestrator.api.webhook_answers import WebhookAnswers
+from orchestrator.general_text import general_text
 from orchestrator.reload import refuse_lost_teams, taken_without_restart
 from orchestrator.tasks.uploads import Uploads
 from subspace_store.commands.state_folder import keep_settings, service_identity
@@ -162,6 +163,7 @@ class Service:
             storages = {base.name: open_storage(after.storage, base.name) for base in new}
             us = service_identity(Path(after.state_dir))
             for base in new:
+                general_text(base)
                 place = storages[base.name]
                 check_place(place, base.name, base.weights_sha256)
                 if (owner := other_owner(place, us)) is not None:

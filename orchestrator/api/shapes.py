@@ -470,6 +470,8 @@ class ScoreCell(TypedDict):
     score: float | None
     measured_at: int | None
     rows: int | None
+    general_loss: float | None
+    """What the language model loses by the task, in nats for each token of `base_model.general_text`."""
 
 
 class HeldTask(ScoreCell):

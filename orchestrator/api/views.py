@@ -297,8 +297,13 @@ def cell(table: ScoreTable, version: int, task_id: str) -> Json:
     """A[version][task] and where it was measured."""
     found = table.cells.get(version, {}).get(task_id)
     if found is None:
-        return {"score": None, "measured_at": None, "rows": None}
-    return {"score": number_or_none(found.score), "measured_at": found.measured_at, "rows": found.count}
+        return {"score": None, "measured_at": None, "rows": None, "general_loss": None}
+    return {
+        "score": number_or_none(found.score),
+        "measured_at": found.measured_at,
+        "rows": found.count,
+        "general_loss": found.general_loss,
+    }
 
 
 def move(

@@ -209,6 +209,7 @@ def scores(answer: Json) -> None:
     console.print(f"[dim]base: the task's head on the bare base model{mark}[/dim]", soft_wrap=True)
     for column in answer["tasks"]:
         _print_rows_of_revisions(column, answer["versions"])
+    _print_general_losses(answer)
     if full := [column["title"] for column in answer["tasks"] if column["share_full"]]:
         console.print(
             f"[dim]not strict, may be trained again on their own rows (share_full): {shown(', '.join(full))}[/dim]"
@@ -307,6 +308,26 @@ def _print_rows_of_revisions(column: Json, versions: Sequence[int]) -> None:
         if any(score is not None for score in scores):
             table.add_row(f"version {number}", *map(score_text, scores))
     table.add_row("[dim]rows[/dim]", *(f"[dim]{part['rows']}[/dim]" for part in column["of_rows"]))
+    console.print()
+    console.print(table)
+
+
+def _print_general_losses(answer: Json) -> None:
+    """What the base model loses by each task, where it is measured: the most first."""
+    rows = dict(zip(answer["versions"], answer["matrix"], strict=True))
+    lost = [
+        (now, rows[column["birth"]][place].get("general_loss"), column["title"])
+        for place, column in enumerate(answer["tasks"])
+        if (now := rows[answer["version"]][place].get("general_loss")) is not None
+    ]
+    if not lost:
+        return
+    table = Table(box=None, pad_edge=False, title="What the base model loses by a task, on general text")
+    for name in ("task", "at birth", "now"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for now, born, title in sorted(lost, key=lambda one: -one[0]):
+        table.add_row(shown(title), "–" if born is None else decimals(born, sign=True), decimals(now, sign=True))
+    table.caption = "nats for each token of base_model.general_text; 0.1: tokens have become 10 % less likely"
     console.print()
     console.print(table)
 

@@ -50,6 +50,8 @@ class Rule(StrEnum):
     """A new task reaches its own `gate.min_score`."""
     MIN_GAIN = "min-gain"
     """A new task scores more than the base model alone by `gate.min_gain`."""
+    GENERAL_LOSS = "general-loss"
+    """By a task the language model loses at most `gate.general_loss_max` on general text."""
     EARLIER_ROWS = "earlier-rows"
     """On the evaluation rows of an earlier revision, a new one may lose at most `gate.drop_max` against the first score
     on them."""
@@ -68,7 +70,7 @@ class BrokenRule:
     """`team/task`, for people."""
     rule: Rule
     score: float
-    """Score under the version that is judged; of the rule `error-at-birth`, the error."""
+    """Score under the version that is judged; of the rule `error-at-birth`, the error; of `general-loss`, the loss."""
     against: float
     """Number that it is compared with: the score at birth, of its own adapter, of the base model alone, or the limit
     itself."""
@@ -98,6 +100,9 @@ class BrokenRule:
         if self.rule is Rule.MIN_GAIN:
             gain = f"scores {self.score:.4f}, and {self.against:.4f} is reached without it"
             return f"{self.title} {gain}: a gain below gate.min_gain {self.limit}"
+        if self.rule is Rule.GENERAL_LOSS:
+            lost = f"makes the base model lose {self.score:.3f} nats for each token of general text"
+            return f"{self.title} {lost}, more than gate.general_loss_max {self.limit}"
         if self.rule is Rule.ERROR:
             lost = f"would be held with an error of {self.score:.3f} of its norm"
             return f"{self.title} {lost}, more than gate.error_max {self.limit}, and has no score"
@@ -197,6 +202,7 @@ def judge(
             birth, limit = known[0] if known else math.nan, settings.drop_max
             if birth - score > limit + ROUNDING:
                 broken.append(_broken(record, Rule.DROP, score, birth, limit, paired.get(task_id)))
+        broken += _of_the_base_model(record, table, version, settings)
     return Decision(tuple(broken))
 
 
@@ -213,6 +219,20 @@ def _of_a_new_task(
     if settings.min_gain is not None and without and score - max(without) < settings.min_gain - ROUNDING:
         broken.append(_broken(record, Rule.MIN_GAIN, score, max(without), settings.min_gain))
     return broken
+
+
+def _of_the_base_model(
+    record: TaskRecord, table: ScoreTable, version: int, settings: GateSettings
+) -> Iterator[BrokenRule]:
+    """What the language model loses by the task, where the settings ask for it."""
+    limit, task_id = settings.general_loss_max, record.task_id
+    if limit is None or not table.general_loss(version, task_id) > limit + ROUNDING:
+        return
+    earlier = (table.general_loss(before, task_id) for before in table.versions if before < version)
+    first = next((loss for loss in earlier if not math.isnan(loss)), math.nan)
+    if first > limit + ROUNDING:
+        return  # so it was published, by other settings: a merge is not at fault
+    yield _broken(record, Rule.GENERAL_LOSS, table.general_loss(version, task_id), limit, limit)
 
 
 def _of_a_revision(record: TaskRecord, table: ScoreTable, version: int, settings: GateSettings) -> Iterator[BrokenRule]:

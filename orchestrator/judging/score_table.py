@@ -23,6 +23,8 @@ class Cell:
     """The version it was measured under: the cell's own, or an earlier one that it was carried over from."""
     of_rows: Mapping[str, RowsScore] = field(default_factory=dict)
     """Of a revision with rows of several: id of the revision that brought them to the score on them alone."""
+    general_loss: float | None = None
+    """What the language model loses by the task, in nats for each token of general text; None where not measured."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class ScoreTable:
         """The first known of these scores, in the versions before one; NaN where there is none."""
         known = (self.on_rows(version, task_id) for version in self.versions if version < before)
         return next((score for score in known if not math.isnan(score)), math.nan)
+
+    def general_loss(self, version: int, task_id: str) -> float:
+        """What the language model loses by a task under a version, NaN where not known."""
+        cell = self.cells.get(version, {}).get(task_id)
+        return math.nan if cell is None or cell.general_loss is None else cell.general_loss
 
     def column(self, task_id: str) -> list[tuple[int, float]]:
         """The task's scores along the versions since its birth."""
@@ -134,7 +141,7 @@ def _along(state: SubspaceState, version: int, drift_max: float) -> Iterator[tup
             known.last.pop(task.task_id, None)
         for task_id, measured in state.scores.get(row.number, {}).items():
             parts = {part.task_id: part for part in measured.of_rows}
-            known.last[task_id] = Cell(measured.score, measured.count, row.number, parts)
+            known.last[task_id] = Cell(measured.score, measured.count, row.number, parts, measured.general_loss)
             known.drifted[task_id] = 0.0
         yield row, known
 

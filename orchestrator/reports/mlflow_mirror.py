@@ -259,6 +259,8 @@ class Mirror:
             metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
         made = {version: state.versions[version].created_at for version in rows}
         metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
+        lost = {version: table.general_loss(version, record.task_id) for version in rows}
+        metrics |= {("general_loss", v, made[v]): loss for v, loss in lost.items() if not math.isnan(loss)}
         if record.earlier_rows:
             for task_id, number in record.numbers_of_rows.items():
                 name = f"rows_of_revision_{number}"

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.settings import BaseModelSettings, CanarySettings, StorageSettings
+from subspace_store.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
@@ -32,13 +33,14 @@ class Answering:
         from workers.worker_actor import set_environment
 
         set_environment(base_model, cpus)
-        import torch
+        with quick_imports():
+            import torch
 
-        from subspace_store.storage.opening import open_storage
-        from subspace_store.subspace_reader import SubspaceReader
-        from workers.base_model import load_base_model
-        from workers.serving.batcher import Batcher
-        from workers.serving.replica import Replica
+            from subspace_store.storage.opening import open_storage
+            from subspace_store.subspace_reader import SubspaceReader
+            from workers.base_model import load_base_model
+            from workers.serving.batcher import Batcher
+            from workers.serving.replica import Replica
 
         torch.set_num_threads(max(1, int(cpus)))
         base = load_base_model(base_model)

@@ -212,6 +212,8 @@ class TaskScore:
     """Evaluation rows it was measured on."""
     of_rows: tuple[RowsScore, ...] = ()
     """The same for the rows of each revision, oldest first, where it is scored on those of several."""
+    general_loss: float | None = None
+    """What the language model loses by the task on general text, in nats for each token; None where not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,9 @@ def test_a_task_is_published_exported_and_rolled_back_with_everything_on_s3(endp
     assert {key.split("/")[0] for key in keys} >= {"log", "blobs", "data"}
     assert not list(tmp_path.glob(".onebasis/store"))
     # Reading, exporting and rolling back go straight to S3 while the service is down.
-    assert site.ask("scores")["matrix"] == [[{"score": task_score(site), "measured_at": 1, "rows": 60}]]
+    assert site.ask("scores")["matrix"] == [
+        [{"score": task_score(site), "measured_at": 1, "rows": 60, "general_loss": None}]
+    ]
     site.run("export", "payments/on-s3", "-o", "exported")
     assert (tmp_path / "exported/adapter_model.safetensors").stat().st_size > 10_000
     assert site.ask("rollback", "0")["vanishing"] == ["payments/on-s3"]

@@ -87,6 +87,10 @@ class StandInCluster:
         """Title to the score of its own adapter."""
         self.score: Callable[[str, frozenset[str]], float] = lambda title, held: 0.9
         """Title and all titles in the version to the score under that version."""
+        self.general_loss: Callable[[str, frozenset[str]], float] = lambda title, held: 0.0
+        """The same to what the language model loses by it, where there is a text to measure by."""
+        self.general_texts: dict[str, str] = {}
+        """Title to the text that came with its last evaluation."""
         self.on_rows: Callable[[str, str], float] = lambda task_id, brought_by: 0.9
         """Ids of a revision and of the one that brought evaluation rows to the score on them, before merging and
         after."""
@@ -461,9 +465,11 @@ class StandInCluster:
         of_rows = {one: (self.on_rows(order.task_id, one), RowCount) for one in brought_by}
         title = f"{order.spec.team}/{order.spec.name}"
         held = frozenset(task.name for task in reader.state.tasks_at(order.version).values())
+        self.general_texts[title] = order.general_text
         return Evaluated(
             token=order.token,
             score=self.score(title, held),
+            general_loss=self.general_loss(title, held) if order.general_text else None,
             count=RowCount * max(1, len(brought_by)),
             seconds=0.1,
             of_rows=of_rows,

@@ -136,6 +136,32 @@ def test_a_cut_is_kept_only_where_the_rows_show_that_it_loses_no_more_than_is_al
     assert best.is_as_good_as(best, best, 0.0)
 
 
+def test_what_may_be_lost_is_less_where_there_is_less_to_lose() -> None:
+    assert auto.acceptable(0.005, "probability", 0.9) == 0.005
+    assert auto.acceptable(0.005, "probability", 0.5) == 0.005
+    assert auto.acceptable(0.005, "probability", 0.05) == pytest.approx(0.0005)
+    assert auto.acceptable(0.005, "pearson", -0.1) == pytest.approx(0.001)
+    assert auto.acceptable(0.005, "log_likelihood", -2.0) == 0.005  # e^-0.005: half a hundredth of the likelihood
+    # Labels in millimetres or in kilometres: the same share of their error.
+    assert auto.acceptable(0.005, "neg_mean_absolute_error", -40.0) == pytest.approx(0.2)
+    assert auto.acceptable(0.005, "neg_mean_absolute_error", -0.04) == pytest.approx(0.0002)
+
+
+@pytest.mark.parametrize(("right", "is_cut"), [(0.9, True), (0.05, False)])
+def test_a_task_that_is_barely_learnt_is_not_cut_to_what_a_well_learnt_one_can_spare(
+    right: float, is_cut: bool
+) -> None:
+    lora = random_adapter(2, rank=4)
+    whole = sum(u.energy for u in lora.modules.values())
+
+    def score(adapter: Adapter) -> list[float]:
+        kept = sum(u.energy for u in adapter.modules.values())
+        return [right - (0.5 * right if kept < 0.79 * whole else 0.003 if kept < 0.9999 * whole else 0.0)] * 30
+
+    kept, _ = auto.chosen({"lora": lora}, score, 0.005)
+    assert (kept.score < right) is is_cut
+
+
 def test_of_two_candidates_neither_has_to_be_shown_no_worse() -> None:
     best, other = form(0.0), form(0.054, -0.046)  # 0.004 ± 0.005 between them
     assert other.is_as_good_as(other, best, 0.005)
@@ -352,7 +378,7 @@ def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kep
     forms: list[auto.Form] = []
     choose = auto.chosen
 
-    def share_wins(found: Any, score: Any, loss_max: float, numbers: Any) -> Any:
+    def share_wins(found: Any, score: Any, loss_max: float, numbers: Any, *others: Any) -> Any:
         assert set(found) == {"share", "lora"}
         kept, said = choose({"share": found["share"]}, score, loss_max, numbers)
         forms.append(kept)

@@ -397,4 +397,13 @@ def test_with_more_tasks_than_columns_fit_each_task_has_a_row(capsys: pytest.Cap
     assert rows["team/task-7"] == ["107", "0.2500", "0.7500", "version", "1", "0.5070", "0.5070'", "+0.0000"]
     assert rows["team/task-44"] == ["144", "0.2500", "0.7500", "version", "1", "0.5440", "0.2500", "-0.2940"]
     version_tables.scores(answer | {"tasks": tasks[:3], "matrix": [row[:3] for row in matrix]})
-    assert re.search("version 2 +0.5000' +0.5010' +0.5020'", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search("version 2 +0.5000' +0.5010' +0.5020'", out)
+    assert "loses" not in out
+    losses = (None, -0.01, 0.2)
+    lost = [[cell | {"general_loss": loss} for cell, loss in zip(row[:3], losses, strict=True)] for row in matrix]
+    lost[1][2] |= {"general_loss": 0.25}
+    version_tables.scores(answer | {"tasks": tasks[:3], "matrix": lost})
+    told = capsys.readouterr().out.partition("What the base model loses")[2]
+    assert re.search(r"team/task-2 +\+0.2000 +\+0.2500 *\nteam/task-1 +-0.0100 +-0.0100", told)
+    assert "team/task-0 " not in told
