@@ -10,6 +10,8 @@ of related tasks (rank 16 of some 30 directions), each with a head of three labe
 examples/, 64 a batch. Compared are, in turns, one row set after another: one LoRA of rank 8 in PEFT's layers for all
 rows (the reference, 1.0); our mixed batch with 1, 10, 100 and 1,000 tasks in turn; PEFT's own mixed batch
 (`adapter_names`), with as many LoRAs as fit into a batch; and one task after another. A ratio is of medians of one run.
+
+Each part ends with the figures of all parts, those of the others as they were last measured.
 """
 
 from __future__ import annotations
@@ -135,9 +137,46 @@ def _unheard(_: Progress) -> None:
 
 
 def told(found: dict[str, Any]) -> None:
+    """Write a part's figures beside those of the other parts, and print all."""
     print(json.dumps(found, indent=1))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(known | {"date": time.strftime("%Y-%m-%d")} | found, indent=1) + "\n")
+    known |= {"date": time.strftime("%Y-%m-%d")} | found
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    print("\n".join(figures(known)))
+
+
+def figures(known: Mapping[str, Any]) -> list[str]:
+    """A line for each figure that was ever measured; `revisions` are those of `make bench-revisions`."""
+    lines = []
+    if ratios := known.get("throughput_over_one_lora"):
+        lines += [f"{ratio:9.2f}  rows a second over those of one LoRA: {way}" for way, ratio in ratios.items()]
+        lines.append(
+            f"{known['largest_difference']:9.1e}  largest difference of a probability to the exported adapters"
+        )
+        alone = f"a LoRA of rank 8: {known['bytes_per_lora_r8']:,}"
+        lines.append(f"{known['bytes_per_task']:9,.0f}  bytes of a task in memory, its head among them ({alone})")
+    for clients, took in known.get("http", {}).items():
+        lines.append(
+            f"{took['p50_ms']:9.0f}  ms, median answer over HTTP, {clients}; 99th of 100: {took['p99_ms']:.0f}"
+        )
+    if (seconds := known.get("publish_to_served_seconds")) is not None:
+        most = known["publish_to_served_seconds_most"]
+        lines.append(f"{seconds:9.2f}  s, median from where main moved until a reply names it; most: {most:.2f}")
+    if scoring := known.get("scoring"):
+        faster = ", ".join(f"{scoring[f'{count}_rows']['times_faster']:.1f}" for count in SCORED_ROWS)
+        lines.append(f"{faster:>9}  times faster scored together than alone, tasks of {SCORED_ROWS} rows")
+    if routing := known.get("routing"):
+        disjoint = routing["disjoint"]
+        lines += [
+            f"{disjoint[way]['accuracy']:9.2f}  of texts found their task by {way}" for way in ("features", "energy")
+        ]
+    if revisions := known.get("revisions"):
+        lines.append(
+            f"{revisions['loss_to_union_points']:9.2f}  points that revisions lose to one training on the union"
+        )
+        lost = revisions["earlier_portions_loss_points"]
+        lines.append(f"{lost:9.2f}  points that their earlier portions have lost since they were new")
+    return lines
 
 
 def many_tasks(base: BaseModel, count: int = TASKS) -> SubspaceStore:

@@ -328,29 +328,24 @@ def generate(
     prompts = [encode_prompt(base.tokenizer, row, prompt_max) for row in rows]
     texts = [""] * len(rows)
     for chosen in batches_by_length([len(prompt) + new_max for prompt in prompts]):
-        answers = written(model, base.tokenizer, [prompts[index] for index in chosen], new_max, between_batches)
+        answers = _written(model, base.tokenizer, [prompts[index] for index in chosen], new_max, between_batches)
         for index, text in zip(chosen, base.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             texts[index] = text
     return texts
 
 
-def written(
+def _written(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     new_max: int,
     between_tokens: Callable[[], None] = lambda: None,
-    ends: Callable[[Tensor], Tensor] | None = None,
-    choose: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
     """The tokens that a language model writes after each prompt, all prompts in one batch: always the likeliest token.
 
     Args:
         new_max: Most tokens of an answer.
         between_tokens: Called before every token; may raise to stop.
-        ends: Called after every token with those of all rows so far; tells which rows end with it. Default: those that
-            have written the end token.
-        choose: What changes the logits before the largest is taken, as transformers' logits processors.
 
     Returns:
         Token ids, the end token and padding after it among them.
@@ -370,15 +365,13 @@ def written(
 
     def over(token_ids: Tensor, _: Any) -> Tensor:
         between_tokens()
-        if ends is not None:
-            return ends(token_ids[:, width:])
         return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
 
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     batch = on_device(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
     with torch.inference_mode():
-        ids_ST = model.generate(**batch, stopping_criteria=[over], logits_processor=[*choose])
+        ids_ST = model.generate(**batch, stopping_criteria=[over])
     answers: list[list[int]] = ids_ST[:, width:].tolist()
     return answers
 

@@ -82,7 +82,7 @@ def show_which(answer: Json, texts: Sequence[str]) -> None:
                 f"[red]error[/red]  {shown(str(error_from_dict(said['error'])))}  {shown(text)}", soft_wrap=True
             )
             continue
-        result = said.get("label") or said.get("text") or decimals(said.get("value", float("nan")))
+        result = decimals(said["value"]) if "value" in said else said.get("label", said.get("text"))
         console.print(f"{shown(said['task'])}  {shown(str(result))}  {shown(_short(text))}", soft_wrap=True)
         others = " · ".join(f"{shown(task)} {decimals(score, 2)}" for task, score in said["routed"].items())
         console.print(f"  by {said['routed_by']}: {others}", style="dim", soft_wrap=True)

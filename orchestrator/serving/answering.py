@@ -44,7 +44,7 @@ class Answering:
 
         torch.set_num_threads(max(1, int(cpus)))
         base = load_base_model(base_model)
-        self._replica = Replica(base, SubspaceReader.open(open_storage(storage, folder)))
+        self._replica = Replica(base, SubspaceReader.open(open_storage(storage, folder)), rows_max)
         self._batcher = Batcher(self._replica, rows_max)
         self._following = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._following.start()

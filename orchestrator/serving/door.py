@@ -157,7 +157,7 @@ class Door:
             told = error
         except (RayError, RayServeException) as error:
             log.warning("%s: nobody could answer: %s", path, error)
-            told = Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
+            told = _nobody_answers(error)
         except Exception as error:
             log.error("%s failed", path, exc_info=error)
             told = OnebasisError(f"internal error: {type(error).__name__}", todo="the log of the door has the rest")
@@ -249,11 +249,15 @@ def _with_version(content: dict[str, Any], version: int) -> JSONResponse:
 
 
 async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events, as OpenAI's clients read them."""
+    """Server-sent events, as OpenAI's clients read them; an error is the last of them."""
     piece, is_first = first, True
     while isinstance(piece, str):
         yield _event(reply.piece(piece, None, is_first))
-        is_first, piece = False, await anext(pieces)
+        is_first = False
+        try:
+            piece = await anext(pieces)
+        except (RayError, RayServeException) as error:
+            piece = _nobody_answers(error)
     if isinstance(piece, OnebasisError):
         yield _event({"error": _as_openai(piece)})
         return
@@ -263,6 +267,10 @@ async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> A
     if wants_usage:
         yield _event(reply.used(piece))
     yield "data: [DONE]\n\n"
+
+
+def _nobody_answers(error: Exception) -> OnebasisError:
+    return Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
 
 
 def _event(content: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ import yaml
 
 from configs.settings import BaseModelSettings, StorageSettings
 from configs.task_spec import TaskSpec
+from orchestrator.ray_head import TOKEN_FILE, ray_environment
 from subspace_store import SubspaceReader, open_storage
 from tests.acceptance.conftest import ROOT, Site
 from tests.moto_server import free_port
@@ -383,3 +386,45 @@ def test_a_version_is_published_when_its_canary_has_answered_what_the_gate_asks_
         served.predicted(INTENTS, TEXTS[0])
     events = served.wait_for_state("payments/more", "published")["events"]
     assert "the canary answered 6 of 6 requests" in events[-1]["text"]
+
+
+def environments(served: Served, names: list[str]) -> list[dict[str, str | None]]:
+    """Variables of each replica's process, as Ray has it tell them."""
+    script = f"""
+import json, ray
+ray.init(address="auto", namespace="serve", log_to_driver=False, configure_logging=False)
+names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "#answers-tiny#" in one["name"]]
+look = lambda _: {{name: __import__("os").environ.get(name) for name in {names!r}}}
+print(json.dumps([ray.get(ray.get_actor(name).__ray_call__.remote(look)) for name in names]))
+"""
+    state = served.folder / ".onebasis"
+    address = json.loads((state / "ray.json").read_text())["address"]
+    joined = os.environ | ray_environment(state / TOKEN_FILE) | {"RAY_ADDRESS": address}
+    done = subprocess.run([sys.executable, "-c", script], env=joined, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, str | None]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_two_replicas_have_their_threads_follow_main_and_do_without_each_other(served: Served) -> None:
+    settings = yaml.safe_load((served.folder / ".onebasis/settings.yaml").read_text())
+    settings["serving"] |= {"replicas_min": 2, "replicas_max": 2, "cpus": 2, "canary": None}
+    settings["gate"] = {name: value for name, value in settings["gate"].items() if not name.startswith("canary_")}
+    (served.folder / "two.yaml").write_text(yaml.safe_dump(settings))
+    served.run("reload", "--config", "two.yaml")
+
+    def replicas() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = served.status()["serving"]["base_models"]["tiny"]
+        return found
+
+    served.wait("two replicas", lambda: len(replicas()) == 2, PATIENCE_SECONDS)
+    expected = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    assert environments(served, list(expected)) == [expected] * 2
+    for version in (1, 4):
+        served.run("rollback", str(version))
+        served.wait("both to follow", lambda version=version: [one["version"] for one in replicas()] == [version] * 2)
+        assert f"by version {version}: 2 replicas" in served.run("task", INTENTS)
+    os.kill(replicas()[0]["pid"], signal.SIGKILL)
+    statuses = [served.post("/v1/predict", {"task": INTENTS, "inputs": TEXTS[0]}).status_code for _ in range(20)]
+    assert {*statuses} <= {200, 503}
+    assert statuses.count(200) >= 10  # the other one answers meanwhile

@@ -1,6 +1,7 @@
 """Puts what many ask at the same time into one batch.
 
-While one batch is answered, the next one gathers; nobody waits for a batch to become full.
+While a pass of the model is under way, the next rows gather; nobody waits for a batch to become full, nor for a
+neighbour's long text to be written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from configs.errors import OnebasisError
 from workers.serving.canary import Chosen
@@ -22,57 +23,82 @@ Said = Answer | OnebasisError
 
 @dataclass(frozen=True)
 class _Asked:
-    at: float
+    """One request."""
+
     questions: Sequence[Question]
     answers: asyncio.Future[Sequence[Said]]
+    found: dict[int, Said | Exception] = field(default_factory=dict)
+    """What became of its rows so far, by their places."""
+
+    def end(self) -> None:
+        """Tell whoever waits. In the event loop's thread."""
+        if self.answers.done():  # nobody waits any more
+            return
+        said = [self.found[place] for place in range(len(self.questions))]
+        if failed := [one for one in said if not isinstance(one, Answer | OnebasisError)]:
+            self.answers.set_exception(failed[0])
+        else:
+            self.answers.set_result([one for one in said if isinstance(one, Answer | OnebasisError)])
 
 
 class Batcher:
     """One thread in which a replica answers. Its methods are called from one event loop.
 
     Args:
-        rows_max: Rows of a batch; a single request may have more.
+        rows_max: Rows that are begun together; a single request may have more.
     """
 
     def __init__(self, replica: Replica, rows_max: int) -> None:
         self._replica, self._rows_max = replica, rows_max
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._waiting: deque[_Asked] = deque()
+        self._unanswered = 0
+        """Requests that somebody waits for."""
         self._worker: asyncio.Task[None] | None = None
         self._comparing: set[asyncio.Task[None]] = set()
         self.batches = self.rows = 0
         """Batches and rows so far."""
 
     async def answer(self, questions: Sequence[Question]) -> Sequence[Said]:
-        """Answers in the order of the questions, all that name no version by the same one."""
-        asked = _Asked(time.monotonic(), questions, asyncio.get_running_loop().create_future())
+        """Answers in the order of the questions, all that name no version by the same one. When nobody waits for them
+        any more, texts are written no further."""
+        began = time.monotonic()
+        self._unanswered += 1
+        try:
+            answers = await self._ask(questions)
+        finally:
+            self._unanswered -= 1
+        if questions[0].key and (canary := self._replica.canary) is not None:
+            self._compare(canary, time.monotonic() - began, questions, answers)
+        return answers
+
+    async def _ask(self, questions: Sequence[Question]) -> Sequence[Said]:
+        answers: asyncio.Future[Sequence[Said]] = asyncio.get_running_loop().create_future()
+        asked = _Asked([replace(one, wanted=lambda: not answers.done()) for one in questions], answers)
         self._waiting.append(asked)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        answers = await asked.answers
-        if questions[0].key and (canary := self._replica.canary) is not None:
-            self._compare(canary, asked, answers)
-        return answers
+        return await answers
 
-    def _compare(self, canary: Chosen, asked: _Asked, answers: Sequence[Said]) -> None:
+    def _compare(self, canary: Chosen, seconds: float, questions: Sequence[Question], answers: Sequence[Said]) -> None:
         """Note how long a request took; of one that the canary answered, have `main`'s version answer too, if nobody
         waits. Whoever asked does not wait for it."""
-        pairs = zip(asked.questions, answers, strict=True)
+        pairs = zip(questions, answers, strict=True)
         said = [(one, answer) for one, answer in pairs if isinstance(answer, Answer)]
         if not said:
             return
         version = said[0][1].version
-        canary.comparison.took(version, time.monotonic() - asked.at, {one.task for one, _ in said})
-        if version != canary.version or not canary.is_shadowed(asked.questions[0].key):
+        canary.comparison.took(version, seconds, {one.task for one, _ in said})
+        if version != canary.version or not canary.is_shadowed(questions[0].key):
             return
-        if self._waiting:
+        if self._unanswered:
             canary.comparison.dropped()
             return
         main, _ = canary.comparison.versions
         again = [replace(one, version=main, key="") for one, _ in said]
 
         async def compare() -> None:
-            for (one, theirs), answer in zip(said, await self.answer(again), strict=True):
+            for (one, theirs), answer in zip(said, await self._ask(again), strict=True):
                 if isinstance(answer, Answer):
                     canary.comparison.both(one.task, answer, theirs)
 
@@ -81,15 +107,11 @@ class Batcher:
         task.add_done_callback(self._comparing.discard)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Said]:
-        """The pieces of an answer, then all of it, or its error. When nobody listens any more, it is written no
-        further."""
+        """The pieces of an answer, then all of it, or its error."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | Said | Exception]()
-        is_heard = True
 
-        def wrote(piece: str) -> bool:
-            if piece:
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-            return is_heard
+        def wrote(piece: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async def ask() -> None:
             try:
@@ -106,27 +128,33 @@ class Batcher:
                 raise piece
             yield piece
         finally:
-            is_heard = False
             asking.cancel()
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            batch = [self._waiting.popleft()]
-            rows = len(batch[0].questions)
-            while self._waiting and rows + len(self._waiting[0].questions) <= self._rows_max:
+        loop, is_writing = asyncio.get_running_loop(), False
+        while self._waiting or is_writing:
+            batch, rows = list[_Asked](), 0
+            while self._waiting and (not batch or rows + len(self._waiting[0].questions) <= self._rows_max):
                 batch.append(self._waiting.popleft())
                 rows += len(batch[-1].questions)
-            self.batches, self.rows = self.batches + 1, self.rows + rows
-            questions = [question for asked in batch for question in asked.questions]
-            try:
-                answers = await loop.run_in_executor(self._thread, self._replica.answer, questions)
-            except Exception as error:  # everybody in the batch is told
-                for asked in batch:
-                    if not asked.answers.done():
-                        asked.answers.set_exception(error)
-                continue
-            for asked in batch:
-                some, answers = answers[: len(asked.questions)], answers[len(asked.questions) :]
-                if not asked.answers.done():  # nobody waits any more
-                    asked.answers.set_result(some)
+            self.batches, self.rows = self.batches + bool(batch), self.rows + rows
+            is_writing = await loop.run_in_executor(self._thread, self._turn, loop, batch)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop, batch: Sequence[_Asked]) -> bool:
+        """Begin these requests, and write a token of all texts; returns whether any is still to be written."""
+        rows = [(asked, place) for asked in batch for place in range(len(asked.questions))]
+
+        def done(index: int, said: Said | Exception) -> None:
+            asked, place = rows[index]
+            asked.found[place] = said
+            if len(asked.found) == len(asked.questions):
+                loop.call_soon_threadsafe(asked.end)
+
+        try:
+            if rows:
+                self._replica.begin([asked.questions[place] for asked, place in rows], done)
+        except Exception as error:  # everybody whose rows are lost is told
+            for index, (asked, place) in enumerate(rows):
+                if place not in asked.found:
+                    done(index, error)
+        return self._replica.step()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,17 +26,20 @@ from subspace_store.merging.basis import ModuleBasis
 from subspace_store.module_names import plain
 from subspace_store.subspace_reader import SubspaceReader, TaskParts
 from workers.base_model import BaseModel
-from workers.evaluation import adapted_model, batches_by_length, on_device
+from workers.evaluation import ROWS_PER_BATCH, adapted_model, batches_by_length, on_device
 from workers.features import images
 from workers.model_folder import AUTO_CLASSES
 from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
-from workers.serving.mixed_layers import Directions, MixedLayers, TaskFactors
-from workers.serving.question import GREEDY, Answer, Writing
-from workers.serving.writing import Pen, write
+from workers.serving.mixed_layers import Batch, Directions, MixedLayers, TaskFactors
+from workers.serving.question import GREEDY, Answer, Wanted, Writing, always
+from workers.serving.running_batch import RunningBatch
+from workers.serving.writing import Pen
 from workers.tokens import measured_prompt, text_lengths, tokenize
 from workers.truncation import losses, unknown_characters
 
+Said = Answer | Exception
+"""What becomes of a row."""
 TASKS_BYTES = 2**30
 """Bytes of coefficients, private parts and heads that are kept in memory; the tasks that were asked for last stay."""
 MODELS_APART = 4
@@ -51,8 +55,11 @@ class Asked:
     """Its label, or its last turn, is not looked at."""
     writing: Writing = GREEDY
     """How a language model is to write the answer."""
-    wrote: Callable[[str], bool] | None = None
-    """Takes the answer of a language model piece by piece; returns False when nobody wants more of it."""
+    wrote: Callable[[str], None] | None = None
+    """Takes the answer of a language model piece by piece."""
+    wanted: Wanted = always
+    """Whether anybody still waits for the answer of a language model: asked after every token; where nobody does, it is
+    written no further."""
 
 
 def _as_it_says(parts: TaskParts) -> TaskSpec:
@@ -85,6 +92,7 @@ class MixedBatch:
         version: The version that answers.
         spec_of: What a task's rows are read by, from its head and facts and its title; default: what its adapter says.
         between_batches: Called before every batch, and before every token that is written; may raise to stop.
+        rows_max: Rows whose texts are written at once.
     """
 
     def __init__(
@@ -95,15 +103,18 @@ class MixedBatch:
         spec_of: Callable[[TaskParts], TaskSpec] = _as_it_says,
         between_batches: Callable[[], None] = lambda: None,
         tasks_bytes: int = TASKS_BYTES,
+        rows_max: int = ROWS_PER_BATCH,
     ) -> None:
         self.version = version
         self._base, self._store, self._spec_of, self._between = base, store, spec_of, between_batches
-        self._tasks_bytes = tasks_bytes
+        self._tasks_bytes, self._rows_max = tasks_bytes, rows_max
         self._bases: dict[str, ModuleBasis] = store.basis(version)
         self._models: dict[Any, _SharedModel] = {}
         self._tasks: OrderedDict[str, _Loaded] = OrderedDict()
         self._fetched: dict[str, TaskParts] = {}
         self._apart: OrderedDict[str, Any] = OrderedDict()
+        self._running: dict[str, RunningBatch] = {}
+        """What is being written: by the model that all share, "", and by those of tasks that cannot be mixed."""
 
     @property
     def bytes_of_tasks(self) -> int:
@@ -161,33 +172,71 @@ class MixedBatch:
         return found
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Answers in the order of the rows. Rows of one kind go through the model together, short ones first.
+        """Answers in the order of the rows, once all are there. Raises and costs as `begin`; or raises what became of
+        a row while it was written."""
+        found: dict[int, Said] = {}
+        self.begin(asked, found.__setitem__)
+        while self.is_writing:
+            self.step()
+        answers = []
+        for place in range(len(asked)):
+            if isinstance(said := found[place], Exception):
+                raise said
+            answers.append(said)
+        return answers
+
+    def begin(self, asked: Sequence[Asked], done: Callable[[int, Said], None]) -> None:
+        """Answer rows, each as soon as it can be. Rows of one kind go through the model together, short ones first;
+        texts are written by `step`, each row beside those that are written already.
+
+        Args:
+            done: Called once with the place of each row, and its answer or what became of it while it was written.
 
         Raises:
             NotFound: The version does not hold a task.
             InvalidInput: A task's head is not whole, a row is not of its kind, a prompt has no room, or the model's
-                output for a row is no number.
+                output for a row is no number. Then no row is answered.
 
         Cost:
             A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
             is not in memory is read: a file or two, and 30 ms.
         """
         loaded = {one.task_id: self._task(one.task_id) for one in asked}
-        answers: dict[int, Answer] = {}
         groups: dict[tuple[Any, str], list[int]] = {}
         for place, one in enumerate(asked):
             task = loaded[one.task_id]
             _check(one, task.spec)
             groups.setdefault((AUTO_CLASSES[task.spec.kind], one.task_id if task.is_apart else ""), []).append(place)
+        answers: dict[int, Answer] = {}
+        pens: dict[str, list[Pen]] = {}
         for (_, alone), places in groups.items():
             some = [asked[place] for place in places]
             tasks = [loaded[one.task_id] for one in some]
-            spec = tasks[0].spec
-            model = self._model_apart(alone, tasks[0]) if alone else self._model(spec)
-            found = (self._written if spec.kind == "causal_lm" else self._predicted)(model, some, tasks)
-            answers |= dict(zip(places, found, strict=True))
+            if tasks[0].spec.kind == "causal_lm":
+                pens[alone] = [self._pen(*of_row, done) for of_row in zip(places, some, tasks, strict=True)]
+                continue
+            model = self._model_apart(alone, tasks[0]) if alone else self._model(tasks[0].spec)
+            answers |= dict(zip(places, self._predicted(model, some, tasks), strict=True))
+        for alone, begun in pens.items():
+            self._running_batch(alone, begun[0].task).add(begun)
         self._forget()
-        return [answers[place] for place in range(len(asked))]
+        for place, answer in answers.items():
+            done(place, answer)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether there is anything for `step` to do."""
+        return bool(self._running)
+
+    def step(self) -> None:
+        """Write a token of every row that has been begun."""
+        over: dict[Pen, Exception | None] = {}
+        for alone, running in list(self._running.items()):
+            over |= running.step()
+            if not running.pens:
+                del self._running[alone]
+        for pen, went_wrong in over.items():
+            pen.done(went_wrong)
 
     # What passes through the model
 
@@ -223,57 +272,44 @@ class MixedBatch:
         of_labels = dict(zip(spec.data.label_names, logits_L.softmax(dim=-1).tolist(), strict=True))
         return replace(answer, label=max(of_labels, key=lambda label: of_labels[label]), probabilities=of_labels)
 
-    def _written(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        tokenizer = self._base.tokenizer
-        prompts, pens, warnings = [], [], []
-        for one, task in zip(asked, tasks, strict=True):
-            assert isinstance(one.row, CompletionRow)
-            data = task.spec.data
-            limit, positions = one.writing.new_tokens, self._base.length_max
-            if limit is None:  # that of a task without generated scores was never held against the model's positions
-                limit = data.max_new_tokens if data.max_new_tokens < positions else positions // 2
-            if (room := positions - limit) < 1:
-                has = f"{self._base.name} has {positions} positions"
-                raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {has}", one.task_id, "lower it")
-            longest = min(data.max_length, room)
-            prompt, length = measured_prompt(tokenizer, one.row, longest)
-            said = [*unknown_characters([length], "of 1 prompts")]
-            if length.given > longest:
-                said.append(f"the prompt has {length.given} tokens, and its last {longest} are read")
-            prompts.append(prompt)
-            pens.append(Pen(tokenizer, one.writing, limit, one.wrote))
-            warnings.append("; ".join(said))
-        found = {}
-        for chosen in batches_by_length([len(p) + pen.limit for p, pen in zip(prompts, pens, strict=True)]):
-            for some in self._that_fit([len(prompts[i]) for i in chosen], [pens[i].limit for i in chosen]):
-                places = [chosen[i] for i in some]
-                with model.serving([tasks[i] for i in places]):
-                    write(
-                        model.model, tokenizer, [prompts[i] for i in places], [pens[i] for i in places], self._between
-                    )
-                for i in places:
-                    found[i] = Answer(
-                        asked[i].task_id,
-                        self.version,
-                        text=pens[i].text,
-                        tokens=len(pens[i].ids),
-                        prompt_tokens=len(prompts[i]),
-                        ended=pens[i].ended,
-                        warning=warnings[i],
-                    )
-        return [found[i] for i in range(len(asked))]
+    def _running_batch(self, alone: str, task: _Loaded) -> RunningBatch:
+        """Where a task's rows are written. alone: Its id where it cannot be mixed, else empty."""
+        if alone not in self._running:
+            model = self._model_apart(alone, task) if alone else self._model(task.spec)
+            pad_id = self._base.tokenizer.pad_token_id
+            self._running[alone] = RunningBatch(model, pad_id, self._between, self._rows_max)
+        return self._running[alone]
 
-    def _that_fit(self, lengths: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
-        """Places of rows, in batches whose longest prompt and longest answer fit into the positions together."""
-        batches: list[list[int]] = []
-        for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-            together = [*batches[-1], place] if batches else []
-            needed = max((lengths[i] for i in together), default=0) + max((limits[i] for i in together), default=0)
-            if together and needed <= self._base.length_max:
-                batches[-1] = together
-            else:
-                batches.append([place])
-        return batches
+    def _pen(self, place: int, asked: Asked, task: _Loaded, done: Callable[[int, Said], None]) -> Pen:
+        """What writes a row's answer."""
+        assert isinstance(asked.row, CompletionRow)
+        data = task.spec.data
+        limit, positions = asked.writing.new_tokens, self._base.length_max
+        if limit is None:  # that of a task without generated scores was never held against the model's positions
+            limit = data.max_new_tokens if data.max_new_tokens < positions else positions // 2
+        if (room := positions - limit) < 1:
+            has = f"{self._base.name} has {positions} positions"
+            raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {has}", asked.task_id, "lower it")
+        longest = min(data.max_length, room)
+        prompt, length = measured_prompt(self._base.tokenizer, asked.row, longest)
+        warnings = [*unknown_characters([length], "of 1 prompts")]
+        if length.given > longest:
+            warnings.append(f"the prompt has {length.given} tokens, and its last {longest} are read")
+
+        def over(error: Exception | None) -> None:
+            answer = Answer(
+                asked.task_id,
+                self.version,
+                text=pen.text,
+                tokens=len(pen.ids),
+                prompt_tokens=len(prompt),
+                ended=pen.ended,
+                warning="; ".join(warnings),
+            )
+            done(place, answer if error is None else error)
+
+        pen = Pen(self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote, asked.wanted)
+        return pen
 
     # What is in memory
 
@@ -318,13 +354,16 @@ class MixedBatch:
 
 
 class _Model:
-    """A model that answers for one task, which cannot be mixed."""
+    """A model that answers for one task, which cannot be mixed. What writes with it: see `running_batch.Writer`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def serving(self, tasks: Sequence[_Loaded]) -> Any:
-        return torch.inference_mode()
+    def together(self, tasks: Sequence[_Loaded], before: Any = None) -> Any:
+        return None
+
+    def serving(self, batch: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
         found: Tensor = self.model(**on_device(self.model.device, batch)).logits
@@ -348,11 +387,17 @@ class _SharedModel(_Model):
     def directions(self) -> Mapping[str, Directions]:
         return self._mixed.directions
 
-    def serving(self, tasks: Sequence[_Loaded]) -> Any:
-        different = list({id(task): task for task in tasks}.values())
-        places = {id(task): place for place, task in enumerate(different)}
-        factors = [task.factors for task in different]
-        return self._mixed.serving(factors, [places[id(task)] for task in tasks], self.model.device)
+    def together(self, tasks: Sequence[_Loaded], before: Batch | None = None) -> Batch:
+        """Rows of these tasks; what was made for those of a batch before them is kept where it had all of them."""
+        factors = {id(task.factors): task.factors for task in tasks}
+        if before is None or not {id(known) for known in before.tasks} >= factors.keys():
+            before = Batch(list(factors.values()), torch.zeros(0))
+        places = {id(known): place for place, known in enumerate(before.tasks)}
+        task_S = torch.tensor([places[id(task.factors)] for task in tasks], device=self.model.device)
+        return replace(before, task_S=task_S)
+
+    def serving(self, batch: Batch) -> AbstractContextManager[None]:
+        return self._mixed.serving(batch)
 
     def energies(self, batch: Mapping[str, Tensor], tasks: Sequence[Mapping[str, TaskFactors]]) -> Tensor:
         """As `MixedBatch.energies`, of an encoded batch."""
@@ -389,7 +434,7 @@ class _SharedModel(_Model):
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
         """Each row's outputs, by its own task's head."""
         batch = on_device(self.model.device, batch)
-        with self.serving(tasks):
+        with self.serving(self.together(tasks)):
             hidden = getattr(self.model, self._prefix)(**batch)
         found: dict[int, Tensor] = {}
         rows: dict[int, list[int]] = {}

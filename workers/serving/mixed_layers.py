@@ -6,7 +6,7 @@ the private part B_i·A_i are thin. In a batch this is done in one of two orders
 * *projected*: Qᵀx of all tokens first, then the thin products, then P·: for few tokens and large ranks;
 * *contracted*: A_i = (Q·F_i)ᵀ and B_i = P·E_i of the tasks that the batch has, once, then as LoRAs: where a row has
   more tokens than its task has ranks. Then a batch costs hardly more than with one LoRA. What was contracted serves
-  all passes of a generation.
+  all passes of a generation, until a row of another task joins.
 
 Nothing of a task but E, F, A and B is ever kept, so that a thousand tasks fit where a few dozen LoRAs would.
 
@@ -80,7 +80,7 @@ class Batch:
     """The tasks of the rows that go through the model now.
 
     Args:
-        tasks: Of the batch, each module name to factors.
+        tasks: Of the batch, each module name to factors; some may have no row any more.
         task_S: Place in `tasks` of each row's task.
     """
 
@@ -206,9 +206,9 @@ class MixedLayers:
             model.set_submodule(name, MixedLayer(inner, name, self.directions.get(name), self._current))
 
     @contextmanager
-    def serving(self, tasks: Sequence[Mapping[str, TaskFactors]], task_S: Sequence[int], device: Any) -> Iterator[None]:
-        """While this lasts, row i of what goes through the model is one of task tasks[task_S[i]]."""
-        self._current.batch = Batch(tasks, torch.tensor(task_S, device=device))
+    def serving(self, batch: Batch) -> Iterator[None]:
+        """While this lasts, row i of what goes through the model is one of task batch.tasks[batch.task_S[i]]."""
+        self._current.batch = batch
         try:
             yield
         finally:

@@ -26,6 +26,13 @@ class Writing:
 
 
 GREEDY = Writing()
+Wanted = Callable[[], bool]
+
+
+def always() -> bool:
+    return True
+
+
 AUTO = "auto"
 """In the place of a task: whichever the text is for."""
 
@@ -50,7 +57,9 @@ class Question:
     is_chat: bool | None = None
     """Whether the task must have learnt from chats, or must not have; None: either."""
     writing: Writing = GREEDY
-    wrote: Callable[[str], bool] | None = field(default=None, compare=False)
+    wrote: Callable[[str], None] | None = field(default=None, compare=False)
+    """As in `Asked`."""
+    wanted: Wanted = field(default=always, compare=False)
     """As in `Asked`."""
 
 

@@ -11,7 +11,7 @@ import binascii
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,11 +22,12 @@ from configs.task_spec import TaskSpec
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
+from workers.evaluation import ROWS_PER_BATCH
 from workers.rows.reading import canonical
 from workers.rows.task_data import Row, inputs_of, question
 from workers.serving.canary import Chosen, Comparison, number_of
 from workers.serving.held import Held
-from workers.serving.mixed_batch import Asked, MixedBatch
+from workers.serving.mixed_batch import Asked, MixedBatch, Said
 from workers.serving.question import AUTO, Answer, Question
 from workers.serving.routers import Routed, Routers
 
@@ -39,17 +40,21 @@ FETCH_SECONDS = 1.0
 
 
 class Replica:
-    """Answers questions. `answer` is called from one thread at a time, `follow` from another.
+    """Answers questions. `begin`, `step` and `answer` are called from one thread, `follow` from another.
 
     Args:
         base: The base model, loaded.
         store: A reader of its own.
+        rows_max: Rows whose texts one version writes at once.
     """
 
-    def __init__(self, base: BaseModel, store: SubspaceReader) -> None:
+    def __init__(self, base: BaseModel, store: SubspaceReader, rows_max: int = ROWS_PER_BATCH) -> None:
         self.base, self._store, self._held = base, store, Held(store)
         self._version = store.state.refs[MAIN]
         self._batches: OrderedDict[int, MixedBatch] = OrderedDict()
+        self._writing: list[MixedBatch] = []
+        """Those that have begun texts; a version may have been replaced meanwhile."""
+        self._rows_max = rows_max
         self._lock = threading.Lock()
         self._routers = Routers(base, store.storage)
         self.trouble = ""
@@ -115,36 +120,63 @@ class Replica:
         self.canary, self.canary_trouble = Chosen(settings, number, comparison), ""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | OnebasisError]:
-        """Answers in the order of the questions; what cannot be answered has its error in its place.
+        """Answers in the order of the questions, once all are there; what cannot be answered has its error in its
+        place. As `begin`, and raises what is no error of ours."""
+        found: dict[int, Said] = {}
+        self.begin(questions, found.__setitem__)
+        while self.step():
+            pass
+        answers = []
+        for place in range(len(questions)):
+            said = found[place]
+            if not isinstance(said, Answer | OnebasisError):
+                raise said
+            answers.append(said)
+        return answers
+
+    def begin(self, questions: Sequence[Question], done: Callable[[int, Said], None]) -> None:
+        """Answer questions, each as soon as it can be: texts are written by `step`, beside those that are written
+        already.
 
         All that ask for no version are answered by the same one. Those who ask for an answer piece by piece may have
         had a part of it before an error.
+
+        Args:
+            done: Called once with the place of each question, and its answer or what went wrong.
         """
         now, canary = self._version, self.canary
         questions, routed, unrouted = self._routed(questions, now)
-        found: dict[int, Answer | OnebasisError] = dict(unrouted)
+
+        def said(place: int, answer: Said) -> None:
+            if isinstance(answer, Answer) and (route := routed.get(place)) is not None:
+                answer = replace(answer, routed=route.scores, routed_by=route.by)
+            done(place, answer)
+
+        mine = {p: one for p, one in enumerate(questions) if canary and p not in unrouted and _is_of(canary, one)}
         by_version: dict[int, list[tuple[int, Asked]]] = {}
-        theirs = {} if canary is None else self._of_canary(canary, questions)
+        failed: dict[int, Exception] = {**unrouted}
         for place, one in enumerate(questions):
-            if place in unrouted:
-                continue
-            if place in theirs:
-                found[place] = theirs[place]
+            if place in failed or place in mine:
                 continue
             number = now if one.version is None else one.version
             try:
-                asked = self._asked(one, number)
-            except OnebasisError as error:
-                found[place] = error
-            else:
-                by_version.setdefault(number, []).append((place, asked))
+                by_version.setdefault(number, []).append((place, self._asked(one, number)))
+            except Exception as error:
+                failed[place] = error
+        for place, went_wrong in failed.items():
+            done(place, went_wrong)
+        if canary is not None and mine:
+            self._begin_by_canary(canary, mine, said)
         for number, rows in by_version.items():
-            answers = self._answered(self._batch(number), [asked for _, asked in rows])
-            found |= dict(zip((place for place, _ in rows), answers, strict=True))
-        for place, route in routed.items():
-            if isinstance(said := found[place], Answer):
-                found[place] = replace(said, routed=route.scores, routed_by=route.by)
-        return [found[place] for place in range(len(questions))]
+            if rows:
+                self._begin(self._batch(number), rows, said)
+
+    def step(self) -> bool:
+        """Write a token of every text that was begun; returns whether any is still to be written."""
+        for batch in self._writing:
+            batch.step()
+        self._writing = [batch for batch in self._writing if batch.is_writing]
+        return bool(self._writing)
 
     def _routed(
         self, questions: Sequence[Question], now: int
@@ -175,30 +207,46 @@ class Replica:
                 routed[place] = route
         return asked, routed, unrouted
 
-    def _of_canary(self, canary: Chosen, questions: Sequence[Question]) -> dict[int, Answer | OnebasisError]:
-        """The canary's answers by their places. A request of which it cannot answer every row is not its own: all of
-        it is answered by one version, `main`'s, which says what is wrong with it."""
-        mine = {
-            place: replace(one, version=canary.version, key="")
-            for place, one in enumerate(questions)
-            if one.key and one.version is None and one.wrote is None and canary.takes(one.key)
-        }
-        if not mine:
-            return {}
-        answers = dict(zip(mine, self.answer(list(mine.values())), strict=True))
-        failed = {questions[place].key for place, said in answers.items() if isinstance(said, OnebasisError)}
-        for _ in failed:
-            canary.comparison.failed()
-        return {place: said for place, said in answers.items() if questions[place].key not in failed}
+    def _begin_by_canary(
+        self, canary: Chosen, questions: Mapping[int, Question], done: Callable[[int, Said], None]
+    ) -> None:
+        """Have the canary answer, by the questions' places. A request of which it cannot answer every row is not its
+        own: all of it is answered by one version, `main`'s, which says what is wrong with it."""
+        places = list(questions)
+        missing = Counter(one.key for one in questions.values())
+        found: dict[str, dict[int, Said]] = {key: {} for key in missing}
 
-    def _answered(self, batch: MixedBatch, asked: Sequence[Asked]) -> list[Answer | OnebasisError]:
+        def said(index: int, answer: Said) -> None:
+            place = places[index]
+            of_key = found[questions[place].key]
+            of_key[place] = answer
+            if len(of_key) < missing[questions[place].key]:
+                return
+            if all(isinstance(answer, Answer) for answer in of_key.values()):
+                for place, answer in of_key.items():
+                    done(place, answer)
+                return
+            canary.comparison.failed()
+            again = list(of_key)
+            mains = [replace(questions[place], key="") for place in again]
+            self.begin(mains, lambda index, answer: done(again[index], answer))
+
+        self.begin([replace(one, version=canary.version, key="") for one in questions.values()], said)
+
+    def _begin(self, batch: MixedBatch, rows: Sequence[tuple[int, Asked]], done: Callable[[int, Said], None]) -> None:
         """All together; where that fails, each alone, so that nobody is refused for a neighbour's sake."""
+        places = [place for place, _ in rows]
         try:
-            return list(batch.answer(asked))
-        except OnebasisError as error:
-            if len(asked) == 1:
-                return [error]
-        return [answer for one in asked for answer in self._answered(batch, [one])]
+            batch.begin([asked for _, asked in rows], lambda index, answer: done(places[index], answer))
+        except Exception as error:
+            if len(rows) == 1 or not isinstance(error, OnebasisError):
+                for place in places:
+                    done(place, error)
+                return
+            for row in rows:
+                self._begin(batch, [row], done)
+        if batch.is_writing and batch not in self._writing:
+            self._writing.append(batch)
 
     def _asked(self, one: Question, number: int) -> Asked:
         self._store.resolve(number)
@@ -215,12 +263,12 @@ class Replica:
                 todo = "ask chat completions" if is_chat else "ask completions"
             raise InvalidInput(f"has learnt from {learnt}, and is asked for something else", one.task, todo)
         row = _row(one, inputs_of(spec), lambda values: question(values, spec, one.task))
-        return Asked(task_id, row, one.writing, one.wrote)
+        return Asked(task_id, row, one.writing, one.wrote, one.wanted)
 
     def _batch(self, number: int) -> MixedBatch:
         with self._lock:
             if number not in self._batches:
-                self._batches[number] = MixedBatch(self.base, self._store, number)
+                self._batches[number] = self._made(number)
                 self._store.let_go()  # the batch has its own
             self._batches.move_to_end(number)
             kept = (self._version, number, self.canary.version if self.canary is not None else number)
@@ -229,9 +277,12 @@ class Replica:
                 del self._batches[old]
             return self._batches[number]
 
+    def _made(self, number: int) -> MixedBatch:
+        return MixedBatch(self.base, self._store, number, rows_max=self._rows_max)
+
     def _prepare(self, number: int) -> None:
         """Read a version, and of its tasks those that the version before has been asked for, the last ones first."""
-        before, made = self._batches.get(self._version), MixedBatch(self.base, self._store, number)
+        before, made = self._batches.get(self._version), self._made(number)
         held, until = self._store.state.tasks_at(number), time.monotonic() + FETCH_SECONDS
         for task_id in reversed(before.tasks if before is not None else ()):
             if task_id in held and time.monotonic() < until:
@@ -239,6 +290,11 @@ class Replica:
         self._store.let_go()
         with self._lock:
             self._batches[number] = made
+
+
+def _is_of(canary: Chosen, one: Question) -> bool:
+    """Whether a question is the canary's."""
+    return bool(one.key) and one.version is None and one.wrote is None and canary.takes(one.key)
 
 
 def _is_chat(spec: TaskSpec) -> bool | None:

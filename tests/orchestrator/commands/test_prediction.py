@@ -7,7 +7,7 @@ import pytest
 from configs.errors import OnebasisError, WorkersBusy
 from orchestrator.api.client import REMOTE, Client, Remote
 from orchestrator.api.requests import Json
-from orchestrator.commands.prediction import LOADS, predict
+from orchestrator.commands.prediction import LOADS, predict, show_which
 from tests.orchestrator.site import TOKEN, Site
 
 
@@ -43,3 +43,11 @@ def test_a_service_elsewhere_is_not_answered_for_from_the_folder_here(
         REMOTE.reset(token)
     assert LOADS not in capsys.readouterr().err.replace("\n", " ")
     busy.plant.cluster.release()
+
+
+def test_which_shows_what_each_task_said_and_nothing_where_it_wrote_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[Json] = [{"label": "green"}, {"value": 0.5}, {"text": ""}, {"text": "Paris"}]
+    found = [{"task": "red/alpha", "routed": {"red/alpha": 1.0}, "routed_by": "features"} | one for one in said]
+    show_which({"answers": found, "version": 3, "base_model": "tiny"}, ["a", "b", "c", "d"])
+    lines = capsys.readouterr().out.splitlines()[::2]
+    assert lines == ["red/alpha  green  a", "red/alpha  0.5000  b", "red/alpha    c", "red/alpha  Paris  d"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.serving.batcher import Batcher, Said
-from workers.serving.question import Question
+from workers.serving.question import Question, Writing
 from workers.serving.replica import Replica
 
 
@@ -54,10 +55,14 @@ def test_an_error_of_ours_is_told_to_all_in_the_batch_and_the_next_one_is_answer
         def __init__(self) -> None:
             self.fails = True
 
-        def answer(self, questions: Sequence[Question]) -> list[Said]:
+        def begin(self, questions: Sequence[Question], done: Callable[[int, Said | Exception], None]) -> None:
             if self.fails:
                 raise RuntimeError("out of memory")
-            return [NotFound("none", question.task) for question in questions]
+            for place, question in enumerate(questions):
+                done(place, NotFound("none", question.task))
+
+        def step(self) -> bool:
+            return False
 
     broken = Broken()
     batcher = Batcher(broken, 8)
@@ -93,3 +98,50 @@ def test_pieces_arrive_while_it_is_written_and_nobody_listening_ends_it(tmp_path
 
     asyncio.run(run())
     assert written.is_set()
+
+
+def test_nobody_waits_for_a_neighbours_long_answer(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    one = replica(site(base, "causal_lm", ["q_proj"], max_new_tokens=40))
+    long = Question("seed-0", TEXTS[0])
+    short = [Question("seed-1", TEXTS[1], writing=Writing(new_tokens=2)), Question("nobody", TEXTS[1])]
+    alone = one.answer([long, *short])
+    assert said(alone[:1])[0].tokens > 20
+    batcher = Batcher(one, 8)
+
+    async def run() -> None:
+        loop, began = asyncio.get_running_loop(), asyncio.Event()
+
+        def wrote(_: str) -> None:
+            loop.call_soon_threadsafe(began.set)
+
+        written = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))
+        await began.wait()
+        for question, answer in zip(short, alone[1:], strict=True):
+            (found,) = await batcher.answer([question])
+            assert str(found) == str(answer)  # no error equals another
+            assert not written.done()
+        assert await written == alone[:1]
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_any_more_is_written_no_further(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    one, pieces = replica(site(base, "causal_lm", ["q_proj"], max_new_tokens=40)), list[str]()
+    batcher, long = Batcher(one, 8), Question("seed-0", TEXTS[0])
+
+    async def run() -> None:
+        loop, began = asyncio.get_running_loop(), asyncio.Event()
+
+        def wrote(piece: str) -> None:
+            pieces.append(piece)
+            loop.call_soon_threadsafe(began.set)
+
+        left = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))
+        await began.wait()
+        left.cancel()
+        (whole,) = said(list(await batcher.answer([long])))
+        assert 0 < len("".join(pieces)) < len(whole.text or "") / 2
+
+    asyncio.run(run())

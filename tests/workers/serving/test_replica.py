@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, Unavailable
+from configs.settings import CanarySettings
 from subspace_store.subspace_reader import SubspaceReader
 from tests.subspace_store.builders import merged
 from tests.workers.families import FAMILIES, save
@@ -172,11 +173,9 @@ def test_pieces_make_up_the_answer_and_each_row_has_its_own_ends(writers: Site) 
     one, pieces = replica(writers), [list[str](), list[str](), list[str]()]
     whole = said(one.answer([Question("seed-0", text) for text in TEXTS[:3]]))
     asked = [
-        Question("seed-0", TEXTS[0], wrote=lambda piece: pieces[0].append(piece) is None),
-        Question(
-            "seed-0", TEXTS[1], writing=Writing(new_tokens=3), wrote=lambda piece: pieces[1].append(piece) is None
-        ),
-        Question("seed-0", TEXTS[2], wrote=lambda piece: pieces[2].append(piece) is not None),  # nobody listens
+        Question("seed-0", TEXTS[0], wrote=pieces[0].append),
+        Question("seed-0", TEXTS[1], writing=Writing(new_tokens=3), wrote=pieces[1].append),
+        Question("seed-0", TEXTS[2], wanted=lambda: False),  # nobody waits
     ]
     found = said(one.answer(asked))
     assert found[0] == whole[0]
@@ -193,9 +192,7 @@ def test_an_answer_ends_before_a_stop_text_and_pieces_never_show_a_part_of_it(wr
     assert whole.text is not None
     stop = whole.text[len(whole.text) // 2 :][:4]
     pieces: list[str] = []
-    asked = Question(
-        "seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=lambda piece: pieces.append(piece) is None
-    )
+    asked = Question("seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=pieces.append)
     (found,) = said(one.answer([asked]))
     assert found.ended == "stop"
     assert "".join(pieces) == found.text == whole.text[: whole.text.index(stop)]
@@ -240,3 +237,32 @@ def test_chats_and_prompts_are_not_mixed_up(writers: Site) -> None:
         said(one.answer([Question("seed-0", {"prompt": "Paris"}, is_chat=False)]))[0].text
         == writers.answers([("seed-0", row)])[0].text
     )
+
+
+def test_a_text_is_ended_by_the_version_that_began_it_beside_those_of_the_next(writers: Site) -> None:
+    one, found = replica(writers), dict[str, object]()
+    (before,) = said(one.answer([Question("seed-0", TEXTS[0])]))
+    one.begin([Question("seed-0", TEXTS[0])], lambda _, answer: found.setdefault("first", answer))
+    one.step()
+    publish(writers, 1)
+    assert one.follow()
+    one.begin([Question("seed-0", TEXTS[1])], lambda _, answer: found.setdefault("second", answer))
+    one.step()
+    assert found == {}
+    while one.step():
+        pass
+    assert found["first"] == before
+    assert found["second"] == said(one.answer([Question("seed-0", TEXTS[1], version=1)]))[0]
+
+
+def test_a_request_of_which_the_canary_cannot_write_every_row_is_written_by_main(writers: Site) -> None:
+    one = replica(writers, writers.version - 1)
+    one.set_canary(CanarySettings(version=writers.version, share=1.0))
+    one.follow()
+    too_long = Writing(new_tokens=64)
+    asked = [Question("seed-0", TEXTS[0], key="a"), Question("seed-0", TEXTS[1], key="b")]
+    first, second, refused = one.answer([*asked, Question("seed-0", TEXTS[1], writing=too_long, key="b")])
+    assert [answer.version for answer in said([first, second])] == [writers.version, writers.version - 1]
+    assert "leaves no room for a prompt" in str(refused)
+    assert one.canary is not None
+    assert one.canary.comparison.as_dict()["failed"] == 1
