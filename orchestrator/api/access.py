@@ -63,6 +63,7 @@ MOVES_MAIN: Mapping[str, str] = {
     "remove": "publish",
     "compact": "publish",
     "rollback": "rollback",
+    "reject": "rollback",
     "restore-revision": "rollback",
     "hold": "hold",
     "release": "hold",

@@ -42,6 +42,7 @@ from orchestrator.api.requests import (
     PreviewRestore,
     PreviewRollback,
     ReadEvents,
+    RejectVersion,
     Reload,
     Resume,
     Retry,
@@ -654,6 +655,23 @@ def rollback(
             Rollback(base_model=base_model, version=to, reason=reason, hold=hold, op_key=op_key, actor=me())
         )
     show(answer, version_tables.rollback, as_json)
+
+
+@command
+def reject(
+    number: Annotated[str, typer.Argument(metavar="V", help=f"The version that waits. {VERSION}")],
+    reason: Annotated[str, typer.Option(help="Why; the version log keeps it, and its tasks say so.")],
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Refuse a version before it is published, while it waits for its canary, for a check, or since `main` is held.
+
+    Its task is rejected; of several, each is merged again by itself and waits again. For who may roll back.
+    """
+    client = Client(state_dir)
+    asked = RejectVersion(version=_version(client, number, base_model), reason=reason, base_model=base_model, by=me())
+    show(client.ask(asked), version_tables.rejected, as_json)
 
 
 @command

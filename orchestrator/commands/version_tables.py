@@ -169,6 +169,16 @@ def rollback(answer: Json) -> None:
         console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 
 
+def rejected(answer: Json) -> None:
+    """`onebasis reject`."""
+    version, tasks = answer["version"], answer["tasks"]
+    said = f"version {version} was rejected before, and nothing was done now"
+    if not answer["repeated"]:
+        said = f"version {version} is rejected, and main stays version {answer['main']}: {', '.join(tasks)}"
+        said += "; each is merged again by itself, and waits again" if len(tasks) > 1 else ""
+    console.print(shown(said), soft_wrap=True)
+
+
 def restored(answer: Json) -> None:
     """`onebasis rollback-task`."""
     name, error = f"{answer['title']}@{answer['revision']}", decimals(answer["error"])
