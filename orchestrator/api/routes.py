@@ -44,6 +44,11 @@ class Route:
         return self.is_write and self.verb != "PUT"
 
     @property
+    def takes_key(self) -> bool:
+        """Whether it takes an `Idempotency-Key`: an answer with a secret is not kept, to be given again."""
+        return self.is_audited and self.record not in (requests.CreateToken, requests.RotateToken)
+
+    @property
     def url(self) -> str:
         """Path of its URL, with the fields that stand in it in braces. What Prometheus reads is where it looks."""
         return self.path if self.record is requests.Metrics else PREFIX + self.path
