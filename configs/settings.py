@@ -6,8 +6,10 @@ chain, a Postgres password from its own file or environment.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -478,6 +480,13 @@ class ServingSettings(Section):
         return self
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether an address is heard on this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
 class Settings(Section):
     """One service: its base models, each with a subspace of its own, its teams and its machines."""
 
@@ -624,6 +633,10 @@ class Settings(Section):
                 (
                     "ray.auth_token_path, the token of the cluster",
                     self.ray.address == "local" or self.ray.auth_token_path,
+                ),
+                (
+                    "serving.host on loopback, or server.behind_proxy: true, since what answers speaks no TLS",
+                    self.serving is None or self.server.behind_proxy or _is_loopback(self.serving.host),
                 ),
             )
             if not is_there
