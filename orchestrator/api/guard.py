@@ -251,7 +251,7 @@ class Guard:
 
         team, now = request.team or EVERY_TEAM, time.time()
         if team not in (EVERY_TEAM, *self._service.settings.teams):
-            raise no_such_team(caller, team)
+            raise no_such_team(caller, team, self._service.settings.teams)
         check_given(caller, Role(request.role), team)
         wanted = TokenRecord(
             token_id="",

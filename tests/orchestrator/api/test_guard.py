@@ -351,6 +351,10 @@ def test_nobody_gives_more_than_they_have_nor_ends_what_is_not_theirs(people: Pe
     blues = people.ask("viewer of blue", "GET", "/whoami").json()["token_id"]
     for body in ({"name": "x", "role": "viewer"}, {"name": "x", "role": "viewer", "team": "blue"}):
         assert people.ask("admin of red", "POST", "/tokens", body).status_code in (403, 404)
+    misspelt = people.ask(
+        "admin of all teams", "POST", "/tokens", {"name": "x", "role": "viewer", "team": "rde"}
+    ).json()
+    assert (misspelt["what"], misspelt["todo"]) == ("there is no team 'rde'", "teams of this service: blue, red")
     made = people.ask("admin of red", "POST", "/tokens", {"name": "x", "role": "admin", "team": "red"})
     assert made.status_code == 200
     for who in ("admin of red", "viewer of red"):
