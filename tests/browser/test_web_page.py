@@ -19,6 +19,7 @@ from orchestrator.api.requests import (
     ListTeams,
     ListVersions,
     ReadAudit,
+    ReadEvents,
     ShowMatrix,
     ShowScores,
     ShowStorage,
@@ -495,6 +496,9 @@ def test_one_task_shows_its_life_its_log_and_its_loss_while_it_trains(site: Site
     ann.page.get_by_role("heading", name="red/one").wait_for()
     ann.page.get_by_role("img", name="loss by step. loss: from 0.5000 to 0.5000").wait_for()
     ann.page.get_by_label("Training log").get_by_text("a line of the log").wait_for()
+    # Ctrl-F5 in the middle of it: all is asked for anew, and nothing is missing or doubled.
+    ann.page.context.new_cdp_session(ann.page).send("Page.reload", {"ignoreCache": True})
+    ann.page.get_by_role("img", name="loss by step. loss: from 0.5000 to 0.5000").wait_for()
     files = site.client.ask(ShowTask(reference="red/one"))["spec"]["data"]
     for kind in ("train_file", "eval_file"):
         ann.page.locator("dd").get_by_text(files[kind], exact=True).wait_for()
@@ -505,6 +509,10 @@ def test_one_task_shows_its_life_its_log_and_its_loss_while_it_trains(site: Site
     assert [text.split()[2] for text in ann.page.get_by_role("listitem").all_inner_texts()] == [
         "submitted", "Claimed", "TrainingDone", "MergeBegun", "Merged", "Judged",
     ]  # fmt: skip
+    told = [event["text"] for event in site.client.pages(ReadEvents(reference="red/one")) if event["kind"] == "log"]
+    ann.page.get_by_label("Training log").get_by_text(told[-1]).wait_for()
+    lines = ann.page.get_by_label("Training log").inner_text().strip().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == told
     with ann.page.expect_download() as download:
         ann.page.get_by_role("button", name="Export as a PEFT adapter").click()
     assert download.value.suggested_filename == "red-one.zip"
