@@ -368,7 +368,7 @@ class MainSettings(Section):
     publish: MainRule = Field(default_factory=lambda: MainRule(role="submitter"))
     """Bring tasks that are published when they pass the gate; remove tasks, compact."""
     rollback: MainRule = Field(default_factory=MainRule)
-    """Move `main` to another version."""
+    """Move `main` to another version; refuse one that waits to be published."""
     hold: MainRule = Field(default_factory=MainRule)
     """Hold `main`, and release it."""
 

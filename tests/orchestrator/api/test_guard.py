@@ -264,6 +264,8 @@ def test_a_protected_main_is_left_to_those_whom_the_settings_name(site: Site) ->
     refused = people.ask("maintainer of red", "POST", "/rollback/1", {"op_key": "rollback:1"})
     assert (refused.status_code, refused.json()["where"]) == (403, "main.rollback")
     assert "the role admin" in refused.json()["what"]
+    refused = people.ask("maintainer of red", "POST", "/reject/2", {"reason": "no"})
+    assert (refused.status_code, refused.json()["where"]) == (403, "main.rollback")
     refused = people.ask("admin of blue", "POST", "/tasks", {"task": site.document("blue/fresh")})
     assert (refused.status_code, refused.json()["where"]) == (403, "main.publish")
     assert people.ask("admin of red", "POST", "/rollback/1", {"op_key": "rollback:1"}).status_code == 200
