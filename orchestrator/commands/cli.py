@@ -39,6 +39,7 @@ from orchestrator.api.requests import (
     ListVersions,
     Pause,
     Preempt,
+    PreviewRemove,
     PreviewRestore,
     PreviewRollback,
     ReadEvents,
@@ -90,7 +91,7 @@ from subspace_store.commands.terminal import (
     telling,
 )
 from subspace_store.log.version import CANDIDATE, MAIN, number_in
-from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
+from subspace_store.requests import Remove, RestoreRevision, Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = (
@@ -695,6 +696,33 @@ def rollback_task(
         asked = RestoreRevision(task_id=task_id, publish=True, base_model=base_model, op_key=op_key, actor=me())
         answer = client.ask(asked)
     show(answer | {"revision": to}, version_tables.restored, as_json)
+
+
+@command
+def remove(
+    reference: Reference,
+    reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it.
+
+    All its revisions go. Of a service on another machine too; `onebasis store remove` works on a store by itself.
+    """
+    client = Client(state_dir)
+    task = client.ask(ShowTask(reference=reference))
+    task_id, base_model = task["task_id"], task["base_model"]
+    with telling(f"merging without {task['title']}"):
+        if yes:
+            asked = Remove(
+                task_id=task_id, reason=reason, publish=True, base_model=base_model, op_key=op_key, actor=me()
+            )
+            answer = client.ask(asked) | {"preview": False, "title": task["title"]}
+        else:
+            answer = client.ask(PreviewRemove(task_id=task_id, base_model=base_model))
+    show(answer, version_tables.removed, as_json)
 
 
 @command

@@ -179,6 +179,23 @@ def rejected(answer: Json) -> None:
     console.print(shown(said), soft_wrap=True)
 
 
+def removed(answer: Json) -> None:
+    """`onebasis remove`."""
+    title = answer["title"]
+    if not answer["preview"]:
+        said = f"{title} is removed: main is as if it had never been there; `onebasis history` shows the move"
+    else:
+        made = counted(len(answer["versions"]), "version")
+        numbers = ", ".join(map(str, answer["versions"]))
+        again = f"make {made} again: {numbers}" if answer["versions"] else "make none again"
+        going = f"all {len(answer['revisions'])} revisions of {title} go; it" if answer["revisions"][1:] else "it"
+        said = f"{going} would go back to version {answer['start']} and {again} (--yes does it); all tasks would take "
+        said += f"{answer['numbers_after']:,} numbers instead of {answer['numbers_before']:,}"
+    console.print(shown(said), soft_wrap=True)
+    if answer.get("refused"):
+        console.print(f"it would be refused now: {shown(answer['refused'])}", soft_wrap=True)
+
+
 def restored(answer: Json) -> None:
     """`onebasis rollback-task`."""
     name, error = f"{answer['title']}@{answer['revision']}", decimals(answer["error"])
