@@ -175,8 +175,8 @@ def reload(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Read the settings again: a running service takes further base models, teams, data_roots, the gate, and
-    who may what (main, oidc).
+    """Read the settings again: a running service takes further base models and pools, new sizes of pools, teams,
+    data_roots, data_buckets, the gate, who may what (main, oidc), webhooks, tracing and serving.
 
     Anything else that is different is refused by name, and nothing is taken then.
     """
