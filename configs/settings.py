@@ -6,8 +6,10 @@ chain, a Postgres password from its own file or environment.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -373,7 +375,7 @@ class MainSettings(Section):
     publish: MainRule = Field(default_factory=lambda: MainRule(role="submitter"))
     """Bring tasks that are published when they pass the gate; remove tasks, compact."""
     rollback: MainRule = Field(default_factory=MainRule)
-    """Move `main` to another version."""
+    """Move `main` to another version; refuse one that waits to be published."""
     hold: MainRule = Field(default_factory=MainRule)
     """Hold `main`, and release it."""
 
@@ -483,6 +485,13 @@ class ServingSettings(Section):
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address is heard on this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
 
 
 class Settings(Section):
@@ -633,6 +642,10 @@ class Settings(Section):
                 (
                     "ray.auth_token_path, the token of the cluster",
                     self.ray.address == "local" or self.ray.auth_token_path,
+                ),
+                (
+                    "serving.host on loopback, or server.behind_proxy: true, since what answers speaks no TLS",
+                    self.serving is None or self.server.behind_proxy or _is_loopback(self.serving.host),
                 ),
             )
             if not is_there

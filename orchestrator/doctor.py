@@ -19,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
 from configs import places
+from configs.document import without_password
 from configs.errors import InvalidInput, OnebasisError
 from configs.settings import BaseModelSettings, Settings
 from orchestrator.api.client import Client
@@ -43,6 +45,9 @@ from subspace_store.log.store_format import check_format
 from subspace_store.log.version_log import other_owner
 from subspace_store.storage.opening import open_storage
 from subspace_store.storage.protocol import Clocked, Storage
+
+if TYPE_CHECKING:
+    from urllib.request import Request
 
 GIGABYTE = 10**9
 FREE_LITTLE = 10 * GIGABYTE
@@ -91,12 +96,18 @@ def examine_service(settings: Settings, state_dir: Path) -> Findings:
     """Look at everything that a service with these settings needs, the quick things first.
 
     Yields:
-        At least one finding for each check. A check that breaks is a finding itself, and the others go on.
+        At least one finding for each check, without a password. A check that breaks is a finding itself, and the others
+        go on.
 
     Cost:
         Some 100 small requests and 17 MiB to each store; a process that imports torch and Ray, 5 to 30 s.
     """
-    for about, check in _checks(settings, state_dir.resolve()):  # processes are known by its full path
+    for finding in _found(settings, state_dir.resolve()):  # processes are known by its full path
+        yield replace(finding, what=without_password(finding.what))
+
+
+def _found(settings: Settings, state_dir: Path) -> Findings:
+    for about, check in _checks(settings, state_dir):
         try:
             yield from check()
         except OnebasisError as error:
@@ -338,7 +349,7 @@ def mlflow(settings: Settings) -> Findings:
         from urllib.request import urlopen
 
         try:
-            with urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS) as answer:
+            with urlopen(_health_of(uri), timeout=ANSWER_SECONDS) as answer:
                 yield Finding("MLflow", Verdict.OK, f"{uri} answers: {answer.read(40).decode(errors='replace')}")
         except (URLError, OSError) as error:
             yield Finding("MLflow", Verdict.WARNING, f"{uri} does not answer: {error}", todo)
@@ -355,6 +366,18 @@ def mlflow(settings: Settings) -> Findings:
         yield Finding("MLflow", Verdict.OK, what)
     else:
         yield Finding("MLflow", Verdict.OK, f"{uri}: not examined")
+
+
+def _health_of(uri: str) -> Request:
+    """What asks an MLflow server how it is: a name and a password in its address are sent as MLflow sends them."""
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import Request
+
+    login, _, host = (place := urlsplit(uri)).netloc.rpartition("@")
+    asked = Request(place._replace(netloc=host, path=f"{place.path.rstrip('/')}/health").geturl())
+    if login:
+        asked.add_header("Authorization", f"Basic {b64encode(unquote(login).encode()).decode()}")
+    return asked
 
 
 def examine_storage(settings: Settings, base: BaseModelSettings, state_dir: Path) -> Findings:

@@ -63,6 +63,7 @@ MOVES_MAIN: Mapping[str, str] = {
     "remove": "publish",
     "compact": "publish",
     "rollback": "rollback",
+    "reject": "rollback",
     "restore-revision": "rollback",
     "hold": "hold",
     "release": "hold",
@@ -127,9 +128,13 @@ def check_role(caller: Caller, route: str, role: Role, about: About, teams: Coll
             raise _too_low(caller, route, role, f"in team {team}" if team != EVERY_TEAM else "for all teams")
 
 
-def no_such_team(caller: Caller, team: str) -> OnebasisError:
-    """The error for a team of which a caller sees nothing, whether there is one of that name or not."""
-    return NotFound(f"there is no team '{team}'", "team", f"your teams: {', '.join(sorted(caller.teams or ()))}")
+def no_such_team(caller: Caller, team: str, teams: Collection[str] = ()) -> OnebasisError:
+    """The error for a team of which a caller sees nothing, whether there is one of that name or not. teams: Those
+    of the service, for who sees all."""
+    known = f"teams of this service: {', '.join(sorted(teams))}"
+    if caller.teams is not None:
+        known = f"your teams: {', '.join(sorted(caller.teams))}"
+    return NotFound(f"there is no team '{team}'", "team", known)
 
 
 def check_main(caller: Caller, route: str, rules: MainSettings, teams: Collection[str], holds: bool = False) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 from urllib.parse import quote
 
 from configs.document import Request
-from configs.errors import Conflict, NotFound, OnebasisError, TooLarge, error_from_dict
+from configs.errors import Conflict, NotFound, OnebasisError, TooLarge, Unavailable, error_from_dict
 from configs.limits import BYTES_MAX
 from orchestrator.api.requests import ChangeMany, Json, ReadEvents, Retry, Submit
 from orchestrator.api.routes import route_of
 
 JSON_TYPE = "application/json"
 OPENAPI_PATH = "/openapi.json"
+NOBODY_ANSWERS = (502, 503, 504)
+"""Statuses with which a proxy, or a server at its limit of connections, answers by itself, in a form of its own."""
 OTHER_RELEASE = (
     "where it runs, `onebasis upgrade` ends it, keeps a copy of its database, and goes on under this release"
 )
@@ -154,6 +156,7 @@ def answer_of(reply: Reply, url: str) -> Any:
     Raises:
         Conflict: The service is of another release.
         OnebasisError: What the service raised, as itself.
+        Unavailable: The service is at its limit of connections, or a proxy before it does not reach it.
     """
     if reply.is_success:
         return json.loads(reply.content) if reply.content_type == JSON_TYPE else reply.content
@@ -166,4 +169,7 @@ def answer_of(reply: Reply, url: str) -> Any:
         raise Conflict("the service that runs is of another release than this command", url, OTHER_RELEASE)
     if "what" in facts:
         raise error_from_dict(facts)
+    if reply.status in NOBODY_ANSWERS:
+        what = f"HTTP {reply.status}: it takes no more connections now, or a proxy before it does not reach it"
+        raise Unavailable(what, url, "try again in a moment; `onebasis status` where it runs shows whether it does")
     raise OnebasisError(f"HTTP {reply.status} from the service", url, "see its log")

@@ -101,7 +101,7 @@ class Guard:
         if isinstance(permitted, StoreRequest) and not permitted.op_key:
             own = hashlib.sha256(f"{caller.name}\n{key}".encode()).hexdigest()[:16]
             permitted = permitted.model_copy(update={"op_key": f"{permitted.operation}:{own}"})
-        if isinstance(permitted, requests.CreateToken | requests.RotateToken):
+        if not route_of(request).takes_key:
             what = "an answer with a secret is not kept, so it could not be given a second time"
             raise InvalidInput(what, "Idempotency-Key", "ask without a key; `onebasis token list` shows what was made")
         asked = f"{route_of(request).name}\n{request.model_dump_json()}"
@@ -251,7 +251,7 @@ class Guard:
 
         team, now = request.team or EVERY_TEAM, time.time()
         if team not in (EVERY_TEAM, *self._service.settings.teams):
-            raise no_such_team(caller, team)
+            raise no_such_team(caller, team, self._service.settings.teams)
         check_given(caller, Role(request.role), team)
         wanted = TokenRecord(
             token_id="",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from configs.document import without_password
 from configs.errors import Conflict, OnebasisError, Unavailable
 from configs.settings import Settings
 from orchestrator.reports.mlflow_mirror import Mirror
@@ -33,6 +34,7 @@ def rebuild_mirror(settings: Settings, state_dir: Path) -> str:
         raise
     except Exception as error:  # whatever MLflow or its database raises
         todo = "check mlflow.tracking_uri; repeat it, or `onebasis up`, which mirrors what is missing"
-        raise Unavailable(f"MLflow failed: {type(error).__name__}: {error}", "mlflow", todo) from error
+        what = without_password(f"MLflow failed: {type(error).__name__}: {error}")
+        raise Unavailable(what, "mlflow", todo) from error
     finally:
         queue.close()

@@ -433,6 +433,20 @@ class PreviewRollback(ServiceRequest[Json]):
         return service.versions(self.base_model).preview_rollback(self)
 
 
+class RejectVersion(ServiceRequest[Json]):
+    """Refuse the version that waits to be published: for its canary, for a check, or since `main` is held. As one that
+    the gate rejects, it stays readable, and `main` stays where it is."""
+
+    needs_service = True
+    version: VersionNumber
+    reason: Annotated[Line, Field(min_length=1, description="why, in a line that the log keeps")]
+    base_model: OfBaseModel = None
+    by: Line = "somebody"
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).reject(self)
+
+
 class PreviewRestore(ServiceRequest[Json]):
     """What putting an earlier revision of a task back would do. Changes nothing."""
 
@@ -442,6 +456,16 @@ class PreviewRestore(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).preview_restore(self)
+
+
+class PreviewRemove(ServiceRequest[Json]):
+    """What removing a task from the versions would do: merged without it, in memory. Changes nothing."""
+
+    task_id: Line
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).preview_remove(self)
 
 
 class Export(ServiceRequest[bytes]):
@@ -465,6 +489,15 @@ class ShowCapacity(ServiceRequest[Json]):
 
     def on(self, service: Service) -> Json:
         return service.versions(self.base_model).capacity(self)
+
+
+class ShowStorage(ServiceRequest[Json]):
+    """What a store takes, and what of it no version needs any more. Lists the storage, and deletes nothing."""
+
+    base_model: OfBaseModel = None
+
+    def on(self, service: Service) -> Json:
+        return service.versions(self.base_model).stored()
 
 
 class ShowScores(ServiceRequest[Json]):

@@ -44,6 +44,11 @@ class Route:
         return self.is_write and self.verb != "PUT"
 
     @property
+    def takes_key(self) -> bool:
+        """Whether it takes an `Idempotency-Key`: an answer with a secret is not kept, to be given again."""
+        return self.is_audited and self.record not in (requests.CreateToken, requests.RotateToken)
+
+    @property
     def url(self) -> str:
         """Path of its URL, with the fields that stand in it in braces. What Prometheus reads is where it looks."""
         return self.path if self.record is requests.Metrics else PREFIX + self.path
@@ -88,6 +93,7 @@ ROUTES: tuple[Route, ...] = (
     Route("diff", "GET", "/diff/{old}/{new}", Role.VIEWER, About.SERVICE, requests.Diff),
     Route("preview-rollback", "GET", "/rollback/{version}", Role.VIEWER, About.SERVICE, requests.PreviewRollback),
     Route("rollback", "POST", "/rollback/{version}", Role.MAINTAINER, About.SERVICE, store.Rollback),
+    Route("reject", "POST", "/reject/{version}", Role.MAINTAINER, About.SERVICE, requests.RejectVersion),
     Route("preview-restore", "GET", "/restore-revision/{task_id}", Role.VIEWER, About.MERGED, requests.PreviewRestore),
     Route(
         "restore-revision",
@@ -97,11 +103,14 @@ ROUTES: tuple[Route, ...] = (
         About.MERGED,
         store.RestoreRevision,
     ),
+    # Its preview merges as the removal itself does, so it takes who may remove.
+    Route("preview-remove", "GET", "/remove/{task_id}", Role.MAINTAINER, About.MERGED, requests.PreviewRemove),
     Route("export", "GET", "/export/{reference:path}", Role.VIEWER, About.TASK, requests.Export),
     Route("scores", "GET", "/scores", Role.VIEWER, About.SERVICE, requests.ShowScores),
     Route("matrix", "GET", "/matrix", Role.VIEWER, About.SERVICE, requests.ShowMatrix),
     Route("flipped", "GET", "/flipped/{reference:path}", Role.VIEWER, About.TASK, requests.ShowFlipped),
     Route("capacity", "GET", "/capacity", Role.VIEWER, About.SERVICE, requests.ShowCapacity),
+    Route("storage", "GET", "/storage", Role.VIEWER, About.SERVICE, requests.ShowStorage),
     Route("tag", "POST", "/store/tag", Role.MAINTAINER, About.SERVICE, store.Tag),
     Route("hold", "POST", "/store/hold", Role.MAINTAINER, About.SERVICE, store.Hold),
     Route("release", "POST", "/store/release", Role.MAINTAINER, About.SERVICE, store.Release),

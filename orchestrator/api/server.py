@@ -399,9 +399,16 @@ def _described(route: Route) -> dict[str, Any]:
     placed = [{"name": name, "in": "path", "required": True, "schema": fields[name]} for name in route.in_path]
     rest = {name: field for name, field in fields.items() if name not in route.in_path}
     facts: dict[str, Any] = {"x-role": str(route.role), "parameters": placed, "responses": _answers(route)}
-    if route.is_audited:
-        key = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": "^[!-~]+$"}
-        facts["parameters"].append({"name": HEADER, "in": "header", "required": False, "schema": key})
+    headers: dict[str, Any] = {}
+    if route.takes_key:
+        headers[HEADER] = {"type": "string", "minLength": 1, "maxLength": KEY_MAX, "pattern": "^[!-~]+$"}
+    if _has_tag(route):
+        headers["If-None-Match"] = {"type": "string", "pattern": '^"[0-9a-f]{32}"$'}
+    if route.record is ReadEvents:
+        headers["Last-Event-ID"] = {"type": "string", "pattern": "^[0-9]{1,16}$"}
+    facts["parameters"] += [
+        {"name": name, "in": "header", "required": False, "schema": schema} for name, schema in headers.items()
+    ]
     if route.verb != "POST":
         facts["parameters"] += [
             {"name": name, "in": "query", "required": name in required, "schema": field} for name, field in rest.items()
@@ -424,8 +431,22 @@ def _answers(route: Route) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": schema_of(route.record)[0]}}
     if route.record is ReadEvents:
         content[EVENT_STREAM] = {"schema": {"type": "string"}}
-    known = {"304": {"description": "the answer is that of the ETag in If-None-Match"}} if route.verb == "GET" else {}
-    return {"200": done | {"content": content}, **known}
+    if not _has_tag(route):
+        return {"200": done | {"content": content}}
+    known = {"304": {"description": "the answer is that of the ETag in If-None-Match"}}
+    text = {"schema": {"type": "string"}}
+    headers = {"ETag": text} | ({"Link": text} if _has_pages(route) else {})
+    return {"200": done | {"content": content, "headers": headers}, **known}
+
+
+def _has_tag(route: Route) -> bool:
+    """Whether its answers have an `ETag`: what is read as JSON."""
+    return route.verb == "GET" and route.record not in (requests.Export, requests.Metrics)
+
+
+def _has_pages(route: Route) -> bool:
+    """Whether its answers may say where the next page is."""
+    return getattr(route.record, "next_page", None) is not ServiceRequest.next_page
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -437,6 +458,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if route.record not in (requests.Export, requests.Metrics):
                 schemas |= schema_of(route.record)[1]
         schemas["Problem"] = problem_schema()
+        made["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"token": []}]
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"] |= _REFUSALS

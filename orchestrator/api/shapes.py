@@ -707,6 +707,18 @@ class RolledBackTo(RollbackShape):
     main: int
 
 
+class RejectedVersion(TypedDict):
+    """A version that a person refused. tasks: titles of those that it brought; of several, each is merged again by
+    itself."""
+
+    base_model: str
+    version: int
+    tasks: list[str]
+    reason: str
+    main: int
+    repeated: bool
+
+
 class RestoreShape(TypedDict):
     preview: bool
     base_model: str
@@ -727,6 +739,36 @@ class RestoredTo(RestoreShape):
     repeated: bool
     main: int
     op_key: str
+
+
+class RemovalPreviewed(TypedDict):
+    """What removing a task would do. revisions: ids of it and of its earlier ones, which go with it. start: version
+    after which those are made again that hold it. Numbers: what serving all tasks takes, heads not counted."""
+
+    preview: bool
+    base_model: str
+    task_id: str
+    title: str
+    revisions: list[str]
+    start: int
+    versions: list[int]
+    numbers_before: int
+    numbers_after: int
+    refused: str
+
+
+class StorageShape(TypedDict):
+    """What a store takes. stored_bytes: of what the versions need that have not expired. garbage: what none of them
+    needs, with what is written at this moment; garbage_bytes: of those objects that a version once named."""
+
+    base_model: str
+    storage: str
+    versions: int
+    expired: list[int]
+    rejected: list[int]
+    stored_bytes: int
+    garbage_objects: int
+    garbage_bytes: int
 
 
 # --- the service -------------------------------------------------------------------------------------------------
@@ -926,8 +968,11 @@ SHAPES: Mapping[type[Request], Any] = {
     requests.Diff: DiffShape,
     requests.PreviewRollback: RollbackPreviewed,
     store.Rollback: RolledBackTo,
+    requests.RejectVersion: RejectedVersion,
     requests.PreviewRestore: RestorePreviewed,
     store.RestoreRevision: RestoredTo,
+    requests.PreviewRemove: RemovalPreviewed,
+    requests.ShowStorage: StorageShape,
     requests.ShowScores: Scores,
     requests.ShowMatrix: Matrix,
     requests.ShowFlipped: FlippedShape,

@@ -37,6 +37,7 @@ from orchestrator.api.sources import Sources
 from orchestrator.api.why import who_holds
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import ScoreTable, newest_scores, rows_of, score_table
+from orchestrator.tasks.task_events import Reason
 from orchestrator.tasks.task_record import TaskRecord, TaskState
 from subspace_store.commands.in_doubt import in_doubt, noted, settled
 from subspace_store.files.presence import check_files
@@ -45,6 +46,7 @@ from subspace_store.log.version import CANDIDATE, EMPTY, MAIN, Hold, MergedTask,
 from subspace_store.requests import (
     Answer,
     Compact,
+    Reject,
     Remove,
     RestoreRevision,
     Rollback,
@@ -210,6 +212,46 @@ class Versions:
         main = self._store.refresh().refs[MAIN]
         return {**answer, "base_model": self.name, "repeated": not is_new, "main": main}
 
+    def reject(self, request: requests.RejectVersion) -> Json:
+        """Reject the candidate, as the gate would: the loop finds it in the log. The same again is done already.
+
+        Raises:
+            Conflict: It does not wait to be published: it is, or is rejected, or is not the candidate, or its tasks are
+                being refined.
+        """
+        self._sources.running("reject")
+        state, number = self._store.refresh(), request.version
+        _check_version(state, number)
+        key = f"{Reject.operation}:{number}:by-a-person"
+        is_new = key not in state.op_keys
+        if is_new:
+            self._check_waits(state, number)
+            reason = f"{request.by} refused it: {request.reason}"
+            codes = (str(Reason.REFUSED),)
+            self._write(Reject(version=number, reason=reason, codes=codes, op_key=key, actor=request.by))
+            self._written()
+            state = self._store.state
+        return {
+            "base_model": self.name,
+            "version": number,
+            "tasks": [task.name for task in state.versions[number].added],
+            "reason": state.rejected[number],
+            "main": state.refs[MAIN],
+            "repeated": not is_new,
+        }
+
+    def _check_waits(self, state: SubspaceState, number: int) -> None:
+        """Raise Conflict for a version that no verdict is awaited for."""
+        if number in state.rejected:
+            raise Conflict(f"version {number} is rejected already: {state.rejected[number]}")
+        if number == 0 or number in state.published or state.refs[MAIN] == number:
+            raise Conflict(f"version {number} is published", todo="`onebasis rollback` moves main away from it")
+        if state.refs[CANDIDATE] != number:
+            what = f"version {number} does not wait to be published: the candidate is version {state.refs[CANDIDATE]}"
+            raise Conflict(what, todo="`onebasis versions` shows what each one is")
+        if self._sources.queue.tasks([TaskState.REFINING], base_model=self.name):
+            raise Conflict(f"tasks of version {number} are being refined", todo="ask again when that has ended")
+
     def preview_restore(self, request: requests.PreviewRestore) -> Json:
         """What putting an earlier revision of a task back would do."""
         state = self._store.refresh()
@@ -253,6 +295,33 @@ class Versions:
             "repeated": not is_new,
             "main": self._store.refresh().refs[MAIN],
             "op_key": request.op_key,
+        }
+
+    def preview_remove(self, request: requests.PreviewRemove) -> Json:
+        """What removing a task would do, as `onebasis store remove` tells it without `--yes`."""
+        state = self._store.refresh()
+        found, refused = self._store.preview_remove(request.task_id), ""
+        try:
+            check_not_held(state)
+            check_judged(state)
+        except Conflict as error:
+            refused = str(error)
+        title = state.names()[request.task_id]
+        told = {"preview": True, "base_model": self.name, "task_id": request.task_id, "title": title}
+        return {**told, **views.plain(asdict(found)), "refused": refused}
+
+    def stored(self) -> Json:
+        """What the store takes, and what of it no version needs any more."""
+        found, state = self._store.collectable(), self._store.state
+        return {
+            "base_model": self.name,
+            "storage": self.storage.url,
+            "versions": len(state.versions),
+            "expired": sorted(state.expired),
+            "rejected": sorted({*state.rejected} - {*state.expired}),
+            "stored_bytes": self._store.stored_bytes(),
+            "garbage_objects": len(found.keys),
+            "garbage_bytes": found.size_bytes,
         }
 
     def change(self, request: StoreRequest[Any]) -> Json:

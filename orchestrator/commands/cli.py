@@ -39,9 +39,11 @@ from orchestrator.api.requests import (
     ListVersions,
     Pause,
     Preempt,
+    PreviewRemove,
     PreviewRestore,
     PreviewRollback,
     ReadEvents,
+    RejectVersion,
     Reload,
     Resume,
     Retry,
@@ -89,7 +91,7 @@ from subspace_store.commands.terminal import (
     telling,
 )
 from subspace_store.log.version import CANDIDATE, MAIN, number_in
-from subspace_store.requests import RestoreRevision, Rollback, StoreRequest
+from subspace_store.requests import Remove, RestoreRevision, Rollback, StoreRequest
 
 app = new_app("onebasis", "One shared low-rank subspace for every team's tasks: submit, watch, roll back, export.")
 INTERRUPTED = (
@@ -173,8 +175,8 @@ def reload(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Read the settings again: a running service takes further base models, teams, data_roots, the gate, and
-    who may what (main, oidc).
+    """Read the settings again: a running service takes further base models and pools, new sizes of pools, teams,
+    data_roots, data_buckets, the gate, who may what (main, oidc), webhooks, tracing and serving.
 
     Anything else that is different is refused by name, and nothing is taken then.
     """
@@ -657,6 +659,23 @@ def rollback(
 
 
 @command
+def reject(
+    number: Annotated[str, typer.Argument(metavar="V", help=f"The version that waits. {VERSION}")],
+    reason: Annotated[str, typer.Option(help="Why; the version log keeps it, and its tasks say so.")],
+    base_model: OfBaseModel = None,
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Refuse a version before it is published, while it waits for its canary, for a check, or since `main` is held.
+
+    Its task is rejected; of several, each is merged again by itself and waits again. For who may roll back.
+    """
+    client = Client(state_dir)
+    asked = RejectVersion(version=_version(client, number, base_model), reason=reason, base_model=base_model, by=me())
+    show(client.ask(asked), version_tables.rejected, as_json)
+
+
+@command
 def rollback_task(
     reference: Reference,
     to: Annotated[int, typer.Option("--to", metavar="N", help="Number of the revision; `onebasis task` lists them.")],
@@ -677,6 +696,33 @@ def rollback_task(
         asked = RestoreRevision(task_id=task_id, publish=True, base_model=base_model, op_key=op_key, actor=me())
         answer = client.ask(asked)
     show(answer | {"revision": to}, version_tables.restored, as_json)
+
+
+@command
+def remove(
+    reference: Reference,
+    reason: Annotated[str, typer.Option(help="Kept in the version log.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only show what would be made again.")] = False,
+    op_key: OpKey = "",
+    state_dir: StateDir = STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make every version since a task's birth again without it, and move `main` there. The gate does not judge it.
+
+    All its revisions go. Of a service on another machine too; `onebasis store remove` works on a store by itself.
+    """
+    client = Client(state_dir)
+    task = client.ask(ShowTask(reference=reference))
+    task_id, base_model = task["task_id"], task["base_model"]
+    with telling(f"merging without {task['title']}"):
+        if yes:
+            asked = Remove(
+                task_id=task_id, reason=reason, publish=True, base_model=base_model, op_key=op_key, actor=me()
+            )
+            answer = client.ask(asked) | {"preview": False, "title": task["title"]}
+        else:
+            answer = client.ask(PreviewRemove(task_id=task_id, base_model=base_model))
+    show(answer, version_tables.removed, as_json)
 
 
 @command

@@ -169,6 +169,33 @@ def rollback(answer: Json) -> None:
         console.print("main is held there: `onebasis store release` lets what passes the gate move it again")
 
 
+def rejected(answer: Json) -> None:
+    """`onebasis reject`."""
+    version, tasks = answer["version"], answer["tasks"]
+    said = f"version {version} was rejected before, and nothing was done now"
+    if not answer["repeated"]:
+        said = f"version {version} is rejected, and main stays version {answer['main']}: {', '.join(tasks)}"
+        said += "; each is merged again by itself, and waits again" if len(tasks) > 1 else ""
+    console.print(shown(said), soft_wrap=True)
+
+
+def removed(answer: Json) -> None:
+    """`onebasis remove`."""
+    title = answer["title"]
+    if not answer["preview"]:
+        said = f"{title} is removed: main is as if it had never been there; `onebasis history` shows the move"
+    else:
+        made = counted(len(answer["versions"]), "version")
+        numbers = ", ".join(map(str, answer["versions"]))
+        again = f"make {made} again: {numbers}" if answer["versions"] else "make none again"
+        going = f"all {len(answer['revisions'])} revisions of {title} go; it" if answer["revisions"][1:] else "it"
+        said = f"{going} would go back to version {answer['start']} and {again} (--yes does it); all tasks would take "
+        said += f"{answer['numbers_after']:,} numbers instead of {answer['numbers_before']:,}"
+    console.print(shown(said), soft_wrap=True)
+    if answer.get("refused"):
+        console.print(f"it would be refused now: {shown(answer['refused'])}", soft_wrap=True)
+
+
 def restored(answer: Json) -> None:
     """`onebasis rollback-task`."""
     name, error = f"{answer['title']}@{answer['revision']}", decimals(answer["error"])

@@ -51,7 +51,7 @@ def listed(answer: Json) -> None:
         (one["webhook"], one["host"], ", ".join(one["events"]), str(one["waiting"]), _last(one["last"]))
         for one in answer["webhooks"]
     ]
-    print_rows(("webhook", "host", "events", "waiting", "last"), rows, "the settings name no webhook")
+    print_rows(("webhook", "host", "events", "waiting", "last"), rows, "the settings name no webhook that you see")
     if answer["deliveries"]:
         console.print()
         told = [

@@ -36,6 +36,8 @@ class Reason(StrEnum):
     """What the settings name is asked before a version is published, and it refused."""
     PRE_PUBLISH_FAILED = "pre-publish-failed"
     """It gave no answer, and the settings refuse then."""
+    REFUSED = "refused"
+    """A person refused its version before it was published."""
     ROLLED_BACK = "rolled-back"
     """`main` was moved to a version from before it."""
     REMOVED = "removed"

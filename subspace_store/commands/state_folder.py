@@ -148,10 +148,19 @@ def running_server(state_dir: Path) -> int | None:
 
 
 def process_of(file: Path, module: str) -> int | None:
-    """The process id that a file names, if that process lives and is what it should be."""
+    """The process id that a file names, if that process lives and is what it should be: a program of this folder,
+    however the folder is named there and here."""
     try:
         pid = int(json.loads(file.read_text())["pid"])
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError, KeyError):
         return None
-    return pid if module.encode() in command and str(file.parent).encode() in command else None
+    is_ours = module.encode() in command and any(_is_same(argument, file.parent) for argument in command)
+    return pid if is_ours else None
+
+
+def _is_same(argument: bytes, folder: Path) -> bool:
+    """Whether an argument of a command names a folder, by its whole path."""
+    with contextlib.suppress(OSError, ValueError):
+        return argument.startswith(b"/") and os.path.samefile(argument, folder)
+    return False

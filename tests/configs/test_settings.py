@@ -318,12 +318,17 @@ FIT = {
         ({"server": {}}, "server.tls, or server.behind_proxy: true"),
         ({"database_url": "sqlite:///x.db"}, "database_url of a Postgres"),
         ({"ray": {"address": "head:6379"}}, "ray.auth_token_path, the token of the cluster"),
+        (
+            {"server": {"tls": {"cert_file": "c", "key_file": "k"}}, "serving": {"host": "0.0.0.0"}},
+            "serving.host on loopback, or server.behind_proxy: true",
+        ),
     ],
 )
 def test_production_refuses_what_is_fit_for_trying_out_alone(tmp_path: Path, changes: Any, said: str) -> None:
     assert read_settings(written(tmp_path, **FIT)).production
     tls = {"tls": {"cert_file": "cert.pem", "key_file": "key.pem"}}
     assert read_settings(written(tmp_path, **FIT | {"server": tls})).server.tls is not None
+    assert read_settings(written(tmp_path, **FIT, serving={"host": "0.0.0.0"})).serving is not None
     with pytest.raises(InvalidInput, match=f"production: true needs {said}"):
         read_settings(written(tmp_path, **FIT | changes))
     read_settings(written(tmp_path, **FIT | changes | {"production": False}))

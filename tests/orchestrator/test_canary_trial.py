@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from configs.errors import Conflict, NotFound
 from configs.settings import GateSettings
 from orchestrator import canary_trial
-from orchestrator.api.requests import ShowTask
+from orchestrator.api.requests import RejectVersion, ShowTask
 from orchestrator.api.service import Service
 from orchestrator.canary_trial import CanaryTrial, answered
 from orchestrator.controller import Controller
 from tests.builders import BASE
 from tests.orchestrator.plant import Plant
+from workers.orders import Train
 
 Plants = Callable[..., Plant]
 SERVING = {"canary": {"version": "candidate", "share": 0.5}}
@@ -118,3 +120,44 @@ def test_a_revision_is_published_when_its_task_was_asked_for_and_says_so_meanwhi
     said |= facts(2, requests=91, beta=88, alpha=3)
     plant.run(lambda: second().state == "published")
     assert plant.state.refs["main"] == 2
+
+
+def test_a_person_refuses_the_version_that_waits_and_no_other(tried: tuple[Plant, dict[str, Any]]) -> None:
+    plant, said = tried
+    service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+    refuse = lambda number: service.answer(RejectVersion(version=number, reason="slower", by="mia"))  # noqa: E731
+    with pytest.raises(Conflict, match="version 1 is published"):
+        refuse(1)
+    with pytest.raises(NotFound):
+        refuse(9)
+    said |= facts(2, requests=0)
+    plant.submit("red/beta")
+    plant.run(lambda: plant.controller.subspaces[BASE].candidate.trial.waiting is not None)
+    told = refuse(2)
+    assert (told["tasks"], told["main"], told["repeated"]) == (["red/beta"], 1, False)
+    assert plant.state.refs == {"main": 1, "candidate": 1}
+    plant.run(lambda: plant.get("red/beta").state == "rejected")
+    beta = plant.get("red/beta")
+    assert (beta.reason, beta.reason_codes) == ("mia refused it: slower", ("refused",))
+    assert refuse(2)["repeated"] is True
+    # What comes after it is judged as ever, and published.
+    said |= facts(3, requests=3)
+    plant.submit("red/gamma")
+    plant.run(lambda: plant.get("red/gamma").state == "published")
+    assert (plant.held(), plant.state.refs["main"]) == (["red/alpha", "red/gamma"], 3)
+
+
+def test_of_several_tasks_in_a_refused_version_each_waits_again_by_itself(tried: tuple[Plant, dict[str, Any]]) -> None:
+    plant, said = tried
+    service = Service(plant.settings, plant.queue, plant.storages, plant.controller, plant.cluster)
+    plant.cluster.hold = lambda order: isinstance(order, Train)
+    plant.submit("red/beta", "red/gamma")
+    plant.run(lambda: len(plant.cluster.held) == 2)
+    said |= facts(2)
+    plant.cluster.release()
+    plant.run(lambda: plant.controller.subspaces[BASE].candidate.trial.waiting is not None)
+    assert len(service.answer(RejectVersion(version=2, reason="no", by="mia"))["tasks"]) == 2
+    said |= facts(3)
+    plant.run(lambda: plant.controller.subspaces[BASE].candidate.trial.waiting[0] == 3)
+    assert plant.merges() == [["red/alpha"], ["red/beta", "red/gamma"], ["red/beta"]]
+    assert sorted(plant.states().values()) == ["evaluating", "merging", "published"]

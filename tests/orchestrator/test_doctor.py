@@ -6,17 +6,19 @@ import json
 import socket
 import sqlite3
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import Exit, UnsafeStorage
+from configs.errors import Exit, Unavailable, UnsafeStorage
 from configs.settings import MlflowSettings, PoolSettings, ServerSettings
 from orchestrator import doctor
+from orchestrator.api.mirror import rebuild_mirror
 from orchestrator.commands import processes
 from orchestrator.commands.cli import app
 from orchestrator.doctor import Finding, Verdict
@@ -133,7 +135,10 @@ def test_a_base_model_that_is_not_there_fails(tmp_path: Path) -> None:
 
 
 class _Healthy(BaseHTTPRequestHandler):
+    came: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
+        self.came.append(self.headers.get("authorization", ""))
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
         self.wfile.write(b"OK")
@@ -150,6 +155,28 @@ def test_an_mlflow_server_is_asked_and_one_that_is_away_only_warns(tmp_path: Pat
         assert of(doctor.mlflow(mine)).verdict is OK
         server.shutdown()
     assert of(doctor.mlflow(mine)).verdict is WARNING
+
+
+def test_a_password_of_mlflow_or_of_the_database_is_told_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = doctor._checks
+    monkeypatch.setattr(
+        doctor, "_checks", lambda *given: [one for one in checks(*given) if one[0] in ("MLflow", "database")]
+    )
+    with HTTPServer(("127.0.0.1", 0), _Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mlflow = MlflowSettings(tracking_uri=f"http://ann:canary@127.0.0.1:{server.server_port}/")
+        database = "postgresql+psycopg://ann:canary@127.0.0.1:9/none"
+        mine = settings(tmp_path).model_copy(update={"mlflow": mlflow, "database_url": database})
+        said = [*doctor.examine_service(mine, tmp_path)]
+        server.shutdown()
+    assert _Healthy.came[-1] == f"Basic {b64encode(b'ann:canary').decode()}"  # to MLflow alone
+    said += doctor.examine_service(mine, tmp_path)
+    assert [one.verdict for one in said if one.about == "MLflow"] == [OK, WARNING]
+    with pytest.raises(Unavailable) as caught:
+        rebuild_mirror(settings(tmp_path).model_copy(update={"mlflow": mlflow}), tmp_path)
+    assert "canary" not in f"{said} {caught.value}"
 
 
 def test_pools_that_ask_for_more_gpus_than_ray_has_fail(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import { useState } from "preact/hooks"
 import { get, may, mayAll, post, ROLES, type Json, type Me } from "./api"
 import type { Around } from "./main"
 import { Act, Dialog, Loading, say, Table, Trouble, usePolled } from "./parts"
-import { ago, clock, seconds } from "./words"
+import { ago, clock, hundredths, seconds } from "./words"
 
 const RARELY_MS = 10_000
 const ROWS = 100
@@ -13,6 +13,7 @@ export function Admin({ me, status }: Around) {
     <>
       <h1>Admin</h1>
       <Health status={status} />
+      <Teams />
       <Tokens me={me} />
       {mayAll(me, "admin") ? <><Audit /><Settings /></> : <p>The audit log and the settings are for admins of all teams.</p>}
     </>
@@ -28,14 +29,36 @@ function Health({ status }: { status: Json }) {
         <dt>Service</dt><dd>{status.running ? `runs${status.up_seconds ? ` for ${seconds(status.up_seconds)}` : ""}` : "does not run"}</dd>
         <dt>Alarms</dt><dd>{alarms.length ? alarms.map((alarm) => alarm.text).join("; ") : "none rings"}</dd>
         <dt>Database</dt><dd>{status.tasks ? "answers" : "does not answer"}</dd>
+        <dt>Ray</dt><dd>{alarms.some((alarm) => alarm.code === "ray-down") ? "does not answer" : status.running && status.heard_seconds_ago !== undefined ? `its workers and writers were heard ${seconds(status.heard_seconds_ago)} ago` : "not asked"}</dd>
         <dt>Workers</dt><dd>{Object.keys(status.workers ?? {}).length}, {status.workers_ready ?? 0} ready</dd>
         {status.loop_seconds_ago !== undefined && <><dt>Loop</dt><dd>went round {seconds(status.loop_seconds_ago)} ago</dd></>}
-        <dt>MLflow</dt><dd><code>{status.mlflow}</code>{status.mlflow_error && `: ${status.mlflow_error}`}</dd>
+        <dt>MLflow</dt><dd><code>{status.mlflow}</code>: {status.mlflow_error || (status.mlflow_behind ? "is behind" : status.running ? "is up to date" : "not asked")}</dd>
         {status.base_models.map((one: Json) => (
-          <><dt>Store of {one.base_model}</dt><dd><code>{one.storage}</code>{one.main === null && ": not read yet"}</dd></>
+          <><dt>Store of {one.base_model}</dt><dd><code>{one.storage}</code>{one.main === null ? ": not read yet" : alarms.some((alarm) => /store/.test(alarm.code) && (!alarm.base_model || alarm.base_model === one.base_model)) ? ": see the alarms" : ": answers"}</dd></>
         ))}
         {status.leadership && <><dt>Leader</dt><dd>{JSON.stringify(status.leadership.leader)}</dd></>}
       </dl>
+    </>
+  )
+}
+
+function Teams() {
+  const { value, problem } = usePolled(() => get("teams"), [], RARELY_MS)
+  const or = (quota: number | null) => quota ?? "none"
+  return (
+    <>
+      <h2>Teams</h2>
+      <Trouble problem={problem} />
+      {value && (
+        <Table quiet caption="Teams, as the settings have them" heads={["Team", "Weight", "Share", "Quota of places", "Place-hours a week", "GPU-hours a week"]}>
+          {Object.entries(value.teams).map(([team, facts]: [string, Json]) => (
+            <tr key={team}>
+              <th scope="row">{team}</th><td class="number">{facts.weight}</td><td class="number">{hundredths(facts.share)}</td>
+              <td class="number">{or(facts.places_quota)}</td><td class="number">{or(facts.place_hours_a_week_quota)}</td><td class="number">{or(facts.gpu_hours_a_week_quota)}</td>
+            </tr>
+          ))}
+        </Table>
+      )}
     </>
   )
 }

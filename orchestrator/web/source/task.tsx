@@ -110,12 +110,30 @@ export function Task({ me, status, reference, again }: Around & { reference: str
         </>
       )}
       {task.result && <Scores task={task} main={main} />}
+      <Files task={task} />
       <h2>Log</h2>
       {log.length ? <pre class="log" tabIndex={0} aria-label="Training log">{log.map((event) => `${clock(event.at)} ${event.text}\n`)}</pre> : <Empty>Nothing is written yet.</Empty>}
       <details>
         <summary>Task file</summary>
         <pre tabIndex={0} aria-label="Task file">{JSON.stringify(task.spec, null, 2)}</pre>
       </details>
+    </>
+  )
+}
+
+/** Where its rows and its adapter came from, and what the service keeps of them. */
+function Files({ task }: { task: Json }) {
+  const { data, method } = task.spec
+  const named: [string, string | null][] = [["Training rows", data.train_file], ["Evaluation rows", data.eval_file], ["Adapter, as it came", method.adapter]]
+  const kept: [string, string][] = [["Evaluation rows", task.eval_sha256], ["Adapter, as delivered", task.adapter.sha256]]
+  return (
+    <>
+      <h2>Files</h2>
+      <dl class="columns">
+        {named.map(([what, file]) => file && <><dt>{what}</dt><dd><code>{file}</code></dd></>)}
+        {!data.eval_file && data.eval_fraction && <><dt>Evaluation rows</dt><dd>{data.eval_fraction} of the training rows</dd></>}
+        {kept.map(([what, digest]) => digest && <><dt>{what}, kept</dt><dd>SHA-256 <code>{digest}</code></dd></>)}
+      </dl>
     </>
   )
 }

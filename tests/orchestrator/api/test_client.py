@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import Any
 
 import pytest
 
-from configs.errors import InvalidInput, NotFound, Unavailable, UnknownToken
+from configs.errors import InvalidInput, NotFound, OutcomeUnknown, Unavailable, UnknownToken
 from orchestrator.api.client import AsyncClient, Client
 from orchestrator.api.requests import Export, ListTasks, Pause, ReadEvents, Resume, ShowMatrix, ShowTask, ShowVersion
 from subspace_store.requests import Tag
@@ -58,6 +60,30 @@ def test_errors_are_themselves_in_both(site: Site) -> None:
 
     with pytest.raises(Unavailable, match="nobody answers there"):
         asyncio.run(nobody())
+
+
+class _Overloaded(BaseHTTPRequestHandler):
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b"<h1>503 Service Temporarily Unavailable</h1>")
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+def test_what_a_proxy_answers_by_itself_is_waited_for_and_a_write_is_in_doubt() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Overloaded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client.at(f"http://127.0.0.1:{server.server_port}", TOKEN)
+        with pytest.raises(Unavailable, match="HTTP 503: it takes no more connections now, or a proxy"):
+            client.ask(ListTasks())
+        with pytest.raises(OutcomeUnknown, match="tag:x"):
+            client.ask(Tag(name="gold", version=1, op_key="tag:x"))
+        server.shutdown()
 
 
 def test_events_are_followed_and_listed_by_both(site: Site) -> None:

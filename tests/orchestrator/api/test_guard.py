@@ -264,6 +264,8 @@ def test_a_protected_main_is_left_to_those_whom_the_settings_name(site: Site) ->
     refused = people.ask("maintainer of red", "POST", "/rollback/1", {"op_key": "rollback:1"})
     assert (refused.status_code, refused.json()["where"]) == (403, "main.rollback")
     assert "the role admin" in refused.json()["what"]
+    refused = people.ask("maintainer of red", "POST", "/reject/2", {"reason": "no"})
+    assert (refused.status_code, refused.json()["where"]) == (403, "main.rollback")
     refused = people.ask("admin of blue", "POST", "/tasks", {"task": site.document("blue/fresh")})
     assert (refused.status_code, refused.json()["where"]) == (403, "main.publish")
     assert people.ask("admin of red", "POST", "/rollback/1", {"op_key": "rollback:1"}).status_code == 200
@@ -351,6 +353,10 @@ def test_nobody_gives_more_than_they_have_nor_ends_what_is_not_theirs(people: Pe
     blues = people.ask("viewer of blue", "GET", "/whoami").json()["token_id"]
     for body in ({"name": "x", "role": "viewer"}, {"name": "x", "role": "viewer", "team": "blue"}):
         assert people.ask("admin of red", "POST", "/tokens", body).status_code in (403, 404)
+    misspelt = people.ask(
+        "admin of all teams", "POST", "/tokens", {"name": "x", "role": "viewer", "team": "rde"}
+    ).json()
+    assert (misspelt["what"], misspelt["todo"]) == ("there is no team 'rde'", "teams of this service: blue, red")
     made = people.ask("admin of red", "POST", "/tokens", {"name": "x", "role": "admin", "team": "red"})
     assert made.status_code == 200
     for who in ("admin of red", "viewer of red"):

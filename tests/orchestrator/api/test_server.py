@@ -37,12 +37,14 @@ from orchestrator.api.requests import (
     ListTeams,
     ListVersions,
     Preempt,
+    PreviewRemove,
     PreviewRollback,
     ReadEvents,
     ServiceRequest,
     ShowCapacity,
     ShowMatrix,
     ShowScores,
+    ShowStorage,
     ShowTask,
     ShowVersion,
     Status,
@@ -316,6 +318,31 @@ def test_a_preview_of_a_rollback_changes_nothing(site: Site) -> None:
     }
     assert site.plant.state == before
     assert site.client.ask(Status())["tasks"] == {"published": 2}
+
+
+@pytest.mark.changes
+def test_what_a_removal_would_do_is_told_before_and_what_is_left_can_be_collected(site: Site) -> None:
+    before, alpha = site.plant.state, site.plant.get("red/alpha").task_id
+    told = site.client.ask(PreviewRemove(task_id=alpha))
+    assert (told["title"], told["revisions"], told["start"], told["versions"]) == ("red/alpha", [alpha], 0, [2])
+    assert (told["refused"], site.plant.state) == ("", before)
+    site.client.ask(Hold(reason="audit"))
+    assert "main is held" in site.client.ask(PreviewRemove(task_id=alpha))["refused"]
+    site.client.ask(Release())
+    site.client.ask(Remove(task_id=alpha, publish=True, reason="licence"))
+    assert site.plant.held() == ["blue/beta"]
+    serving = site.client.ask(ShowCapacity())["footprint"]
+    numbers = sum(serving[f"{kind}_numbers"] for kind in ("basis", "coefficient", "private"))
+    assert (told["numbers_after"], told["numbers_before"] > numbers) == (numbers, True)
+    whole = site.client.ask(ShowStorage())
+    assert (whole["versions"], whole["expired"], whole["garbage_objects"]) == (3, [], 0)
+    site.client.ask(Expire(versions=(1, 2)))
+    left = site.client.ask(ShowStorage())
+    garbage = SubspaceReader.open(site.plant.storage).collectable()
+    assert left["expired"] == [1, 2]
+    assert left["garbage_objects"] == len(garbage.keys) > 0
+    assert left["garbage_bytes"] == sum(len(site.plant.storage.read(key)) for key in garbage.blobs)
+    assert left["stored_bytes"] == whole["stored_bytes"] - left["garbage_bytes"]
 
 
 @pytest.mark.changes

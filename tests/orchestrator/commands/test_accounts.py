@@ -191,6 +191,19 @@ def test_the_store_is_written_to_from_afar_through_the_service(elsewhere: Onebas
     assert site.plant.open_store().state.held is None
 
 
+@pytest.mark.changes
+def test_a_task_is_removed_from_afar_after_a_look(elsewhere: Onebasis, site: Site) -> None:
+    assert elsewhere("login", site.url, "--name", "prod", given=token_of(site, "maintainer")).exit_code == 0
+    looked = elsewhere("remove", "red/alpha")
+    assert "it would go back to version 0 and make 1 version again: 2 (--yes does it)" in looked.output
+    assert site.plant.state.refs["main"] == 2
+    assert elsewhere("remove", "blue/beta", "--yes").exit_code == Exit.NOT_FOUND
+    done = elsewhere("remove", "red/alpha", "--yes", "--reason", "no licence")
+    assert (done.exit_code, "red/alpha is removed" in done.output) == (0, True)
+    assert site.plant.held() == ["blue/beta"]
+    assert elsewhere("remove", "red/alpha", "--yes").exit_code == Exit.NOT_FOUND  # it is gone
+
+
 @pytest.mark.parametrize(
     ("url", "given", "said"),
     [

@@ -34,7 +34,7 @@ from orchestrator.ray_head import TOKEN_VARIABLE
 from orchestrator.signs_of_life import Life, left_behind, life_of, ray_processes
 from orchestrator.tasks.task_events import CancelRequested
 from orchestrator.tasks.task_queue import TaskQueue
-from subspace_store.commands.state_folder import keep_settings, service_identity
+from subspace_store.commands.state_folder import SERVER_MODULE, keep_settings, running_server, service_identity
 from subspace_store.log.version import Identity
 from subspace_store.log.version_log import VersionLog
 from subspace_store.storage.local import LocalStorage
@@ -190,6 +190,31 @@ def test_up_waits_for_a_control_plane_that_an_interrupted_down_is_ending(
         ending.kill()
         ending.wait()
         ending.stdout.close()
+
+
+def test_a_control_plane_is_known_by_any_name_of_its_folder_so_mlflow_is_not_rebuilt_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_dir, link = tmp_path / ".onebasis", tmp_path / "link"
+    state_dir.mkdir()
+    link.symlink_to(state_dir)
+    named = [SERVER_MODULE, str(state_dir)]
+    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *named])
+    (state_dir / "server.json").write_text(json.dumps({"pid": running.pid}))
+    processes._keep_settings(settings(state_dir), state_dir, is_running=False)
+    monkeypatch.chdir(tmp_path)
+    try:
+        while running_server(state_dir) is None:  # a new process has no command line for a moment
+            time.sleep(0.01)
+        assert [running_server(Path(name)) for name in (".onebasis", "link", str(link))] == 3 * [running.pid]
+        (tmp_path / "other").mkdir()
+        shutil.copy(state_dir / "server.json", tmp_path / "other")
+        assert running_server(Path("other")) is None
+        done = CliRunner().invoke(app, ["mlflow", "rebuild"])
+        assert (done.exit_code, "the service runs, and writes to MLflow itself" in done.output) == (Exit.CONFLICT, True)
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_the_status_of_an_ended_service_names_what_still_runs_of_it(
