@@ -106,7 +106,9 @@ class Candidate:
             answering: As for the controller.
         """
         self._settings = settings
-        self._general_text = general_text(settings.base(workers.base_model))
+        # Of a base model that has left the settings nothing is scored.
+        is_there = workers.base_model in settings.base_names
+        self._general_text = general_text(settings.base(workers.base_model)) if is_there else ""
         self._queue = queue
         self._storage = storage
         self._store = store

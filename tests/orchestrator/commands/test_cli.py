@@ -74,6 +74,8 @@ def test_the_commands_are_these() -> None:
         "diff",
         "rollback",
         "rollback-task",
+        "reject",
+        "remove",
         "export",
         "scores",
         "flipped",
