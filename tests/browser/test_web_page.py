@@ -236,6 +236,7 @@ def test_the_gpu_hours_of_a_team_stand_beside_its_quota(site: Site, visit: Visit
     ann = visit()
     ann.log_in("viewer")
     table = ann.page.get_by_role("region", name="Shares and quotas of teams")
+    table.get_by_role("columnheader", name="GPU-hours a week").wait_for()
     heads = table.get_by_role("columnheader").all_inner_texts()
     at = heads.index("GPU-hours a week")
     assert heads[at + 1] == "of quota"
