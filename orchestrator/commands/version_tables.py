@@ -349,14 +349,16 @@ def _print_general_losses(answer: Json) -> None:
     ]
     if not lost:
         return
-    table = Table(box=None, pad_edge=False, title="What the base model loses by a task, on general text")
+    table = Table(box=None, pad_edge=False)
     for name in ("task", "at birth", "now"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for now, born, title in sorted(lost, key=lambda one: -one[0]):
         table.add_row(shown(title), "–" if born is None else decimals(born, sign=True), decimals(now, sign=True))
-    table.caption = "nats for each token of base_model.general_text; 0.1: tokens have become 10 % less likely"
     console.print()
+    console.print("[italic]What the base model loses by a task, on general text[/italic]", soft_wrap=True)
     console.print(table)
+    scale = "nats for each token of base_model.general_text; 0.1: tokens have become 10 % less likely"
+    console.print(f"[dim]{scale}[/dim]", soft_wrap=True)
 
 
 def capacity(answer: Json) -> None:
