@@ -11,6 +11,7 @@ Axes: T tokens, V words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping
 from weakref import WeakKeyDictionary
 
@@ -74,7 +75,7 @@ def _cross_entropy(
                 logits_TV = model(input_ids=window, attention_mask=torch.ones_like(window)).logits[0, :-1]
                 of_window = torch.nn.functional.cross_entropy(logits_TV.float(), window[0, 1:], reduction="none")
             lost, count = lost + float(of_window.double().sum()), count + len(of_window)
-    if lost - lost != 0.0:  # NaN or infinite
+    if not math.isfinite(lost):
         raise InvalidInput(
             "the model's output for general text is no number", "training.learning_rate", "lower it and submit again"
         )

@@ -37,13 +37,18 @@ def test_the_beginning_of_a_text_is_read_plain_or_packed(tmp_path: Path) -> None
     assert read(plain) == ("Grüße! " * 10_000)[:CHARACTERS]
     (packed := tmp_path / "pages.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     assert read(packed) == TEXT
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows' editors write it
+        plain.write_bytes(TEXT.replace(". ", ".\r\n").encode(encoding))
+        assert read(plain) == TEXT.replace(". ", ".\n")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("gone.txt", None, "cannot be read"),
-        ("pages.txt", "Grüße ".encode("latin-1") * 1000, "is no UTF-8 text"),
+        ("pages.txt", "Grüße ".encode("latin-1") * 1000, "is not UTF-8: byte 0xfc at character 3"),
+        ("pages.txt", TEXT.encode("utf-16-le"), "holds zero bytes: it is UTF-16 without its mark"),
+        ("pages.txt", b"<!DOCTYPE html>" + TEXT.encode(), "a web page"),
         ("pages.txt", b"x" * (LEAST - 1), "has 1,999 characters, too few to measure by"),
         ("pages.txt", b" \n" * LEAST, "has 0 characters"),
         ("pages.txt.gz", TEXT.encode(), "cannot be read"),  # not packed
