@@ -367,13 +367,19 @@ def _written(
         between_tokens()
         return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
 
-    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    batch = on_device(model.device, {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    prompts_ST, mask_ST = left_padded(prompts, tokenizer.pad_token_id, model.device)
     with torch.inference_mode():
-        ids_ST = model.generate(**batch, stopping_criteria=[over])
+        ids_ST = model.generate(input_ids=prompts_ST, attention_mask=mask_ST, stopping_criteria=[over])
     answers: list[list[int]] = ids_ST[:, width:].tolist()
     return answers
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of prompts that all end at the right, S×T, and the mask of those that are their own."""
+    width = max(map(len, prompts))
+    ids = [[pad_id] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def batches_by_length(counts: Sequence[int], tokens_max: int = TOKENS_PER_BATCH) -> list[list[int]]:

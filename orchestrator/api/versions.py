@@ -255,12 +255,7 @@ class Versions:
     def preview_restore(self, request: requests.PreviewRestore) -> Json:
         """What putting an earlier revision of a task back would do."""
         state = self._store.refresh()
-        found, refused = self._store.preview_restore(request.task_id), ""
-        try:
-            check_not_held(state)
-            check_judged(state)
-        except Conflict as error:
-            refused = str(error)
+        found = self._store.preview_restore(request.task_id)
         return {
             "preview": True,
             "base_model": self.name,
@@ -271,7 +266,7 @@ class Versions:
             "error": found.error,
             "approximate": found.is_approximate,
             "others_move": found.own_numbers_after is None,
-            "refused": refused,
+            "refused": _refusal(state),
         }
 
     def restore_revision(self, request: RestoreRevision) -> Json:
@@ -300,15 +295,10 @@ class Versions:
     def preview_remove(self, request: requests.PreviewRemove) -> Json:
         """What removing a task would do, as `onebasis store remove` tells it without `--yes`."""
         state = self._store.refresh()
-        found, refused = self._store.preview_remove(request.task_id), ""
-        try:
-            check_not_held(state)
-            check_judged(state)
-        except Conflict as error:
-            refused = str(error)
+        found = self._store.preview_remove(request.task_id)
         title = state.names()[request.task_id]
         told = {"preview": True, "base_model": self.name, "task_id": request.task_id, "title": title}
-        return {**told, **views.plain(asdict(found)), "refused": refused}
+        return {**told, **views.plain(asdict(found)), "refused": _refusal(state)}
 
     def stored(self) -> Json:
         """What the store takes, and what of it no version needs any more."""
@@ -699,6 +689,16 @@ def _check_published(request: Remove | Compact | RestoreRevision) -> None:
     if not request.publish:
         what = "publish has to be true: a candidate that no task waits for is rejected"
         raise InvalidInput(what, request.operation, "set publish")
+
+
+def _refusal(state: SubspaceState) -> str:
+    """Why a move of `main` to a version that is made for it would be refused now; empty where it would not."""
+    try:
+        check_not_held(state)
+        check_judged(state)
+    except Conflict as error:
+        return str(error)
+    return ""
 
 
 def _check_version(state: SubspaceState, number: int) -> None:

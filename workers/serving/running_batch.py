@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from workers.evaluation import ROWS_PER_BATCH, TOKENS_PER_BATCH
+from workers.evaluation import ROWS_PER_BATCH, TOKENS_PER_BATCH, left_padded
 from workers.serving.writing import Pen
 
 JOINED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -105,18 +105,15 @@ class RunningBatch:
         return over
 
     def _begin(self, pens: list[Pen]) -> dict[Pen, Exception | None]:
-        width = max(len(pen.prompt) for pen in pens)
-        ids = [[self._pad_id] * (width - len(pen.prompt)) + [*pen.prompt] for pen in pens]
-        mask = [[0] * (width - len(pen.prompt)) + [1] * len(pen.prompt) for pen in pens]
         try:
-            ids_ST, mask_ST = (torch.tensor(rows, device=self._model.device) for rows in (ids, mask))
+            ids_ST, mask_ST = left_padded([pen.prompt for pen in pens], self._pad_id, self._model.device)
             batch = self._writer.together([pen.task for pen in pens], None)
             cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
             over = _taken(pens, self._pass(ids_ST, mask_ST, cache, batch))
         except Exception as error:
             return dict.fromkeys(pens, error)
         if self._pens:
-            width = max(width, self._mask_ST.shape[1])
+            width = max(mask_ST.shape[1], self._mask_ST.shape[1])
             both = [pad(mask_ST, (width - mask_ST.shape[1], 0)) for mask_ST in (self._mask_ST, mask_ST)]
             self._mask_ST, self._pens = torch.cat(both), [*self._pens, *pens]
             _join(self._cache, cache)

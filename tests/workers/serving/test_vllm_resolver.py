@@ -65,6 +65,12 @@ def publish(store: SubspaceStore) -> None:
     store.publish(number, op_key=f"publish {number}", actor="test")
 
 
+def revise(store: SubspaceStore, before: str, task: str, seed: int) -> None:
+    """Publish a revision that takes the place of the one before it."""
+    merged(store, {task: tiny(headless(seed))}, replaces={task: before})
+    publish(store)
+
+
 @pytest.fixture
 def resolver(store: SubspaceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreResolver:
     monkeypatch.setattr(vllm_resolver, "FOLLOW_SECONDS", 10**6)  # the tests look themselves
@@ -110,8 +116,7 @@ def test_a_publish_and_a_rollback_are_answered_by_at_the_next_look(
     vllm: Vllm, resolver: StoreResolver, store: SubspaceStore
 ) -> None:
     vllm.ask("team/charges")
-    merged(store, {"charges@2": tiny(headless(3))}, replaces={"charges@2": "charges"})
-    publish(store)
+    revise(store, "charges", "charges@2", seed=3)
     assert_answers(vllm, "team/charges", store, 1)  # not yet looked
     resolver.follow()
     folder = vllm.folder("team/charges")
@@ -152,8 +157,7 @@ def test_while_vllm_refuses_it_is_told_once_and_tried_again(
     vllm: Vllm, resolver: StoreResolver, store: SubspaceStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     vllm.ask("team/charges")
-    merged(store, {"charges@2": tiny(headless(3))}, replaces={"charges@2": "charges"})
-    publish(store)
+    revise(store, "charges", "charges@2", seed=3)
     headers, resolver._headers = resolver._headers, {}
     resolver.follow()
     resolver.follow()
@@ -181,8 +185,7 @@ def test_folders_of_versions_that_nobody_is_answered_by_are_deleted(
     before = "charges"
     for number in (2, 3, 4):
         task = f"charges@{number}"
-        merged(store, {task: tiny(headless(number + 10))}, replaces={task: before})
-        publish(store)
+        revise(store, before, task, seed=number + 10)
         resolver.follow()
         before = task
     left = sorted(folder.name for folder in (tmp_path / "vllm").iterdir() if folder.is_dir())
@@ -193,8 +196,7 @@ def test_a_task_may_be_resolved_while_vllm_takes_what_is_new(
     vllm: Vllm, resolver: StoreResolver, store: SubspaceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vllm.ask("team/charges")
-    merged(store, {"charges@2": tiny(headless(3))}, replaces={"charges@2": "charges"})
-    publish(store)
+    revise(store, "charges", "charges@2", seed=3)
     found = []
 
     def ask(path: str, **values: Any) -> None:
