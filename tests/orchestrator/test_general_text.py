@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from configs.errors import InvalidInput
+from orchestrator.api import views
 from orchestrator.general_text import CHARACTERS, LEAST, general_text
 from orchestrator.judging.score_table import score_table
+from orchestrator.reports.mlflow_mirror import Mirror
 from tests.builders import BASE, SHA256, settings
 from tests.orchestrator.plant import Plant
 
@@ -90,6 +93,23 @@ def test_the_loss_of_each_language_task_is_kept_with_its_scores(tmp_path: Path, 
     assert lost(plant, "blue/two") == -0.02
     assert lost(plant, "red/labels") != lost(plant, "red/labels")  # NaN: a classification has no text to lose
     assert plant.cluster.general_texts == {"red/one": TEXT, "blue/two": TEXT, "red/labels": ""}
+
+
+def test_the_loss_is_shown_in_the_matrix_and_in_mlflow(tmp_path: Path, pages: Path) -> None:
+    plant = Plant(tmp_path, **base_with(pages))
+    plant.cluster.general_loss = lambda title, _: 0.25
+    plant.submit("red/one", spec=CAUSAL)
+    plant.submit("red/labels")
+    plant.run()
+    version = plant.state.refs["main"]
+    table = score_table(plant.state, version, 0.1)
+    ids = [plant.get(title).task_id for title in ("red/one", "red/labels")]
+    assert [views.cell(table, version, task_id)["general_loss"] for task_id in ids] == [0.25, None]
+    Mirror(plant.settings, plant.queue).sync()
+    client = MlflowClient(plant.settings.mlflow.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("onebasis").experiment_id])
+    shown = {run.info.run_name: run.data.metrics.get("general_loss") for run in runs}
+    assert (shown["red/one"], shown["red/labels"]) == (0.25, None)
 
 
 def test_a_task_that_costs_too_much_is_rejected_alone_and_the_reason_has_the_figures(
