@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,19 @@ import pytest
 import torch
 
 from configs.errors import InvalidInput
+from configs.settings import StorageSettings
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter
-from tests.subspace_store.builders import random_adapter
+from subspace_store.storage.opening import open_storage
+from subspace_store.subspace_store import SubspaceStore
+from tests.subspace_store.builders import merged, random_adapter
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import task_of_kind, tiny_settings
 from workers import general_loss as module
 from workers.base_model import BaseModel, load_base_model
 from workers.general_loss import general_loss
+from workers.orders import Evaluate, Evaluated
+from workers.worker import Worker
 
 SPEC: TaskSpec = task_of_kind("causal_lm", ())
 TEXT = "The colour of grass is green. The capital of France is Paris, and so on and so forth. " * 3
@@ -113,3 +119,19 @@ def test_it_can_be_stopped_between_two_windows(base: BaseModel) -> None:
 
     with pytest.raises(InterruptedError):
         general_loss(base, update(base), SPEC, TEXT, stop)
+
+
+def test_a_worker_measures_it_under_a_version_where_its_order_has_a_text(base: BaseModel, tmp_path: Path) -> None:
+    place = StorageSettings(url=f"memory:{tmp_path}")
+    storage = open_storage(place, "tiny")
+    storage.write("data/eval", json.dumps({"prompt": "The colour of", "completion": " grass is green."}).encode())
+    writer = SubspaceStore.open(storage, base_model="tiny", base_sha256=base.sha256, writer="test")
+    merged(writer, {"one": update(base)})
+    worker = Worker(tiny_settings(str(tmp_path / "llama")), place, "tiny")
+    order = Evaluate(token="with", task_id="one", version=1, spec=SPEC, eval_key="data/eval", general_text=TEXT)
+    outcomes = [worker.run(order), worker.run(replace(order, token="without", general_text=""))]
+    assert all(isinstance(outcome, Evaluated) for outcome in outcomes), outcomes
+    expected = general_loss(base, writer.adapter("one", 1), SPEC, TEXT, nothing)
+    assert abs(expected) > 0.01
+    assert outcomes[0].general_loss == pytest.approx(expected, abs=1e-6)  # type: ignore[union-attr]
+    assert outcomes[1].general_loss is None  # type: ignore[union-attr]
