@@ -8,15 +8,19 @@ PACKAGES := configs subspace_store workers orchestrator
 
 .PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions bench-streams smollm2 setup clean lock
 
+# Where the tests of real services are: to import all others would take a quarter of a minute of each process.
+SERVICES := tests/acceptance tests/docs/test_blocks_run.py tests/servers tests/workers/test_auto.py tests/workers/test_rank_group.py
+
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
 # The unit tests first: they need no Ray and fail within a minute. Then real services and what kills them, then a real S3
-# server that any machine can have (ministack, from PyPI). What is left out is said at the end.
+# server that any machine can have (ministack, from PyPI). What is left out is said at the end. Three processes, because
+# a test of a service waits a quarter of its time for something that takes no CPU.
 test: $(READY)
-	$(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 3 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
-	$(BIN)/pytest -m "acceptance and not stops" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "acceptance and not stops" $(SERVICES) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"

@@ -216,8 +216,12 @@ def test_a_service_that_ends_while_it_refines_goes_on_with_the_refinement(site: 
 
 
 def test_two_ups_at_once_start_one_cluster_and_down_ends_it(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    settings["workers"]["count"] = 1
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    up = [ONEBASIS, "up", "--config", "settings.yaml"]
     starting = [
-        subprocess.Popen([ONEBASIS, "up"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(up, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
     said = [process.communicate()[0] for process in starting]

@@ -18,13 +18,13 @@ LIMIT_BYTES = 1536 << 20
 """A warm worker takes half of it."""
 
 
-def started(folder: Path, patch: pytest.MonkeyPatch, workers: int) -> Site:
-    """A service in whose workers the names of tasks come true."""
+def started(folder: Path, patch: pytest.MonkeyPatch, workers: int, deaths: int = DEATHS) -> Site:
+    """A service in whose workers the names of tasks come true, and that parks a task after so many deaths."""
     site = Site(folder)
     settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     settings["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
     settings["workers"] |= {"count": workers, "heartbeat_seconds": 0.3}
-    settings["failures"] = {"worker_deaths_max": DEATHS - 1}
+    settings["failures"] = {"worker_deaths_max": deaths - 1}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     patch.setenv("PYTHONPATH", str(poison.written(folder / "path")))
     site.run("up", "--config", "settings.yaml")
@@ -107,11 +107,11 @@ def test_what_rays_memory_monitor_ends_is_told_in_its_own_words(
     monkeypatch.delenv(poison.CGROUP, raising=False)
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{threshold:.3f}")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
-    site = started(tmp_path, monkeypatch, workers=1)
+    site = started(tmp_path, monkeypatch, workers=1, deaths=1)
     try:
         site.run("submit", str(site.task_file("eats-memory", steps=2000)))
         task = site.wait_for_state("payments/eats-memory", "parked", "published", seconds=400)
-        assert (task["state"], task["training"]["worker_deaths"]) == ("parked", DEATHS)
+        assert (task["state"], task["training"]["worker_deaths"]) == ("parked", 1)
         assert "memory ran out: Ray's memory monitor ended it (Memory usage " in task["reason"]
         assert "exceeded threshold of" in task["reason"]
         assert "; it used " in task["reason"]

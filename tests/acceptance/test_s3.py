@@ -29,6 +29,7 @@ def test_a_task_is_published_exported_and_rolled_back_with_everything_on_s3(endp
     settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     settings["storage"] = {"url": f"s3://{BUCKET}/onebasis", "endpoint_url": endpoint, "region": "us-east-1"}
     settings["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
+    settings["workers"]["count"] = 1
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     site.run("up", "--config", "settings.yaml")
     try:

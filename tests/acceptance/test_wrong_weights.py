@@ -14,6 +14,7 @@ from tests.acceptance.conftest import ONEBASIS, ROOT, Site
 def test_a_failed_up_leaves_nothing_running_and_a_corrected_digest_is_all_that_it_takes(tmp_path: Path) -> None:
     site, right = Site(tmp_path), yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     right["gate"] = {"drop_max": 1.0, "merge_gap_max": 1.0}
+    right["workers"]["count"] = 1
     wrong = {**right, "base_model": {**right["base_model"], "weights_sha256": 64 * "0"}}
     for name, values in (("wrong.yaml", wrong), ("right.yaml", right)):
         (tmp_path / name).write_text(yaml.safe_dump(values))

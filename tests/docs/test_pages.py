@@ -59,9 +59,19 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
     # Every other test has its turn: by marker, those of the other pytest lines are the rest.
     markers = ["not acceptance and not s3 and not browser", "acceptance and not stops", "s3 tests"]
     assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == markers
+    # Tests of real services are looked for in these places alone, and are in no other.
+    places = re.search(r"^SERVICES := (.*)$", MAKEFILE, flags=re.MULTILINE)
+    assert places is not None
+    marked = {file for file in tracked() if re.fullmatch(r"tests/.*\.py", file) and is_marked(ROOT / file)}
+    assert [file for file in marked if not file.startswith(tuple(places[1].split()))] == []
     listed = [line for line in README.read_text().splitlines() if line.startswith("$ make test ")]
     assert "make test-s3" in listed[0]
     assert "make test-kills" in listed[0]
+
+
+def is_marked(file: Path) -> bool:
+    """Whether tests of real services are in a file, or come from it."""
+    return re.search(r"\bpytest\.mark\.acceptance\b", file.read_text()) is not None
 
 
 @pytest.mark.parametrize("block", every_block("console"))
