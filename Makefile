@@ -18,7 +18,7 @@ demo: $(READY)
 # server that any machine can have (ministack, from PyPI). What is left out is said at the end. Three processes, because
 # a test of a service waits a quarter of its time for something that takes no CPU.
 test: $(READY)
-	$(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 3 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	$(BIN)/pytest -m "acceptance and not stops" $(SERVICES) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
