@@ -17,6 +17,7 @@ gc.disable()
 LONGEST = (
     "tests/acceptance/test_main_job.py",
     "tests/acceptance/test_kill_matrix.py",
+    "tests/workers/test_rank_group.py",  # no service: not all processes begin by starting Ray
     "tests/docs/test_blocks_run.py",
     "tests/acceptance/test_interruptions.py",
     "tests/acceptance/test_serving.py",

@@ -1,4 +1,4 @@
-"""A tiny stream from its rows to the page: two tasks of 120 rows, two steps each, on the real MiniLM."""
+"""A tiny stream from its rows to the page: two tasks of 120 rows, two steps each, on a random BERT of two layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.streams import orders, report, run, serial, workshop
 from benchmarks.streams.hundred import hundred
@@ -17,10 +18,11 @@ from benchmarks.streams.table import normalised
 from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, canonical_update
 from tests.subspace_store.builders import random_adapter
 from tests.workers.tiny_bases import save_llama
-from tests.workers.worker_builders import tiny_settings
-from workers.base_model import load_base_model
+from tests.workers.worker_builders import MINILM, tiny_settings
+from workers.base_model import BaseModel, load_base_model
+from workers.weights import resolve_source
 
-MODULES, WIDTH = 12, 384
+MODULES, WIDTH = 4, 32
 ROWS = ("separate", "mean", "paper-16", "auto", "share-2", "o-lora", "ewc", "joint")
 LANGUAGE_ROWS = ("separate", "mean", "compressed-16")
 PAGE = """# Quality
@@ -51,6 +53,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A random base model with MiniLM's tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_source(MINILM.source))
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": MODULES // 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(1)
+    BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return load_base_model(tiny_settings(str(folder)))
+
+
 def latest(folder: Path, name: str) -> Adapter:
     """The adapter of this name that was made last: those before it are of the grid."""
     file = max(folder.glob(f"{name}-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
@@ -69,8 +85,9 @@ def put(
 
 
 def test_a_stream_is_measured_once_and_told_on_the_page(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, bert: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(run.BASES, "minilm", lambda: bert)  # type: ignore[index]
     monkeypatch.setitem(orders.ORDERS, "four", ("trec6", "stsb"))  # type: ignore[index]
     monkeypatch.setitem(orders.GRIDS, "minilm", ("trec6",))  # type: ignore[index]
     monkeypatch.setattr(workshop, "GRID", (0.003, 0.008))
