@@ -38,6 +38,7 @@ Metric = Literal[
     "f1_macro",
     "matthews_correlation",
     "probability",
+    "probability_macro",
     "pearson",
     "spearman",
     "pck",
@@ -46,7 +47,13 @@ Metric = Literal[
     "exact_match",
     "rouge_l",
 ]
-_CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1_macro", "matthews_correlation", "probability")
+_CLASSIFICATION: tuple[Metric, ...] = (
+    "accuracy",
+    "f1_macro",
+    "matthews_correlation",
+    "probability",
+    "probability_macro",
+)
 METRICS: dict[Kind, tuple[Metric, ...]] = {
     "sequence_classification": _CLASSIFICATION,
     "sequence_regression": ("pearson", "spearman"),

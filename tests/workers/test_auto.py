@@ -6,11 +6,12 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,7 @@ from workers import training
 from workers.base_model import BaseModel
 from workers.evaluation import score_adapter
 from workers.methods import auto
+from workers.metrics import classification
 from workers.orders import Phase, Point, Progress
 from workers.rows import validation
 from workers.rows.frozen_rows import open_rows
@@ -185,8 +187,28 @@ def test_a_candidate_that_the_rows_cannot_tell_from_the_best_is_kept_in_fewer_nu
 def test_classes_are_compared_by_the_probability_of_the_right_one_whatever_the_metric() -> None:
     for kind in ("sequence_classification", "image_classification"):
         assert auto.validation_spec(task_of_kind(kind)).metric == "probability"
+        for metric in ("f1_macro", "matthews_correlation"):
+            assert auto.validation_spec(task_of_kind(kind, metric=metric)).metric == "probability_macro"
     assert auto.validation_spec(task_of_kind("sequence_regression")).metric == "pearson"
     assert auto.validation_spec(task_of_kind("causal_lm", metric="rouge_l")).metric == "log_likelihood"
+
+
+def test_of_a_task_with_a_rare_label_and_a_metric_that_sees_it_no_form_is_kept_that_has_forgotten_that_label() -> None:
+    # Nine rows in ten have label 0. What is cut away is all that tells the tenth: it is 0.6 sure of it, and then 0.4.
+    whole = random_adapter(1, rank=4)
+    expected = [0] * 90 + [1] * 10
+    wobble = np.linspace(-0.01, 0.01, 90)
+
+    def score(adapter: Adapter) -> Sequence[float]:
+        of_rare = 0.6 if adapter is whole else 0.4
+        # What it no longer says of the tenth it gains on the others, as always giving one label does.
+        of_right = [*(0.9 + 0.03 * (adapter is not whole) + wobble), *[of_rare] * 10]
+        return list(classification(expected, expected, of_right, 2)[metric].per_row)
+
+    metric = auto.validation_spec(task_of_kind("sequence_classification", metric="accuracy")).metric
+    assert auto.chosen({"lora": whole}, score, 0.005)[0].numbers < whole.numbers
+    metric = auto.validation_spec(task_of_kind("sequence_classification", metric="matthews_correlation")).metric
+    assert auto.chosen({"lora": whole}, score, 0.005)[0].numbers == whole.numbers
 
 
 @pytest.mark.parametrize("seed_directions", [0, 32], ids=["beside the basis", "in the basis"])
