@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def measure(
             continue
         version = store.state.refs["candidate"]
 
-        def train(name: str, rows: Sequence[Row], which: str, given: Given, case: Case = case) -> Adapter:
+        def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
             where = f"{which}-in-{name_of(given)}" if name == "share" else which
             return trained(base, case, name, rows, folder, where, given)
 
@@ -152,8 +152,8 @@ class Raced:
     said: tuple[str, ...]
 
 
-Train = Callable[[str, Sequence[Row], str, Given], Adapter]
-"""Trains a method on some rows; `which` tells those of one method apart."""
+Train = Callable[[Case, str, Sequence[Row], str, Given], Adapter]
+"""Trains a case by a method on some rows; `which` tells those of one method apart."""
 
 
 def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_lora: bool = False) -> Raced:
@@ -163,10 +163,14 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
     version = store.state.refs["candidate"]
     ranks = store.training_ranks(version)
     leased = Given(version=version, basis=store.training_basis(version))
-    found = {"lora": train("lora", rest, "", NOTHING)}
+    found = {"lora": train(case, "lora", rest, "", NOTHING)}
     if not only_lora and auto.is_large_enough(ranks, lora.target_modules(base, case.spec.lora, case.spec.kind)):
-        found["share"] = train("share", rest, "", leased)
+        found["share"] = train(case, "share", rest, "", leased)
     in_basis = {"lora": {}, "share": ranks}
+
+    def train_on(cut: Adapter, rows: Sequence[Row] = rest, which: str = "") -> Adapter:
+        recovery = replace(case, spec=auto.recovery(case.spec, cut))
+        return train(recovery, "lora", rows, f"{which}-cut-{digest(adapter_to_bytes(cut))[:12]}", Given(start=cut))
 
     judged = auto.validation_spec(case.spec)
     kept, said = auto.chosen(
@@ -175,10 +179,14 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         case.spec.method.loss_max,
         lambda name, adapter: auto.numbers(adapter, in_basis[name]),
         judged.metric,
+        train_on,
     )
     if not needs_all_rows(rest, validation):
         return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)
-    final = train(kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
+    if kept.directions:
+        final = train_on(auto.leading(found["lora"], kept.directions), case.train, ALL)
+    else:
+        final = train(case, kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
     return Raced(auto.sized(final, kept.share), kept, tuple(found), said)
 
 

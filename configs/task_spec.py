@@ -221,6 +221,11 @@ class LoraSpec(Section):
     target_modules: tuple[str, ...] = Field(("query", "value"), min_length=1)
     """Names of linear layers, whole or their ends; or [all-linear], PEFT's name of all of them but the head's."""
 
+    def alpha_of(self, rank: int) -> float:
+        """The lora_alpha with which a layer of another rank has this one's scale."""
+        share = rank / self.r
+        return self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
+
 
 class MethodSpec(Section):
     """How the adapter is made."""
