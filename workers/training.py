@@ -580,7 +580,8 @@ class _Race:
         """What is left of the LoRA, after its recovery; None where that failed."""
         self._tries_left -= auto.RECOVERY
         after = self._tries_left + self._at_last
-        recovery = self._attempt._recovery(cut, self._among("lora, cut", auto.RECOVERY, after))
+        name = f"lora cut to {sum(update.rank for update in cut.modules.values())}"
+        recovery = self._attempt._recovery(cut, self._among(name, auto.RECOVERY, after))
         try:
             return self._run(recovery, self._rest)
         except InvalidInput as error:
