@@ -31,14 +31,14 @@ from subspace_store.merging.basis import ModuleBasis
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
-from workers.methods import NOTHING, Given, Method, auto, codyra, lora, share
+from workers.methods import NOTHING, Given, Method, auto, codyra, lora, refine, share
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = SubspaceSettings()
-METHODS: Mapping[str, Method] = {"share": share, "lora": lora, "codyra": codyra}
+METHODS: Mapping[str, Method] = {"share": share, "lora": lora, "codyra": codyra, "refine": refine}
 TEST_ROWS = 500
 ALL_ROWS = 10**6
 ALL = "-all"
@@ -112,7 +112,7 @@ def measure(
         version = store.state.refs["candidate"]
 
         def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
-            where = f"{which}-in-{name_of(given)}" if name == "share" else which
+            where = which if given is NOTHING else f"{which}-in-{name_of(given)}"
             return trained(base, case, name, rows, folder, where, given)
 
         raced = race(base, case, store, train)
@@ -168,9 +168,12 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         found["share"] = train(case, "share", rest, "", leased)
     in_basis = {"lora": {}, "share": ranks}
 
-    def train_on(cut: Adapter, rows: Sequence[Row] = rest, which: str = "") -> Adapter:
-        recovery = replace(case, spec=auto.recovery(case.spec, cut))
-        return train(recovery, "lora", rows, f"{which}-cut-{digest(adapter_to_bytes(cut))[:12]}", Given(start=cut))
+    def train_on(method: str, cut: Adapter, rows: Sequence[Row] = rest, which: str = "") -> Adapter:
+        by = case.spec.model_copy(update={"method": case.spec.method.model_copy(update={"name": method})})
+        left = replace(case, spec=auto.recovery(by, cut))
+        if method == "lora":
+            return train(left, "lora", rows, f"{which}-left", Given(start=cut))
+        return train(left, "refine", rows, f"{which}-left", replace(leased, adapter=cut))
 
     judged = auto.validation_spec(case.spec)
     kept, said = auto.chosen(
@@ -184,7 +187,7 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
     if not needs_all_rows(rest, validation):
         return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)
     if kept.directions:
-        final = train_on(auto.leading(found["lora"], kept.directions), case.train, ALL)
+        final = train_on(kept.method, auto.leading(found[kept.method], kept.directions), case.train, ALL)
     else:
         final = train(case, kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
     return Raced(auto.sized(final, kept.share), kept, tuple(found), said)
@@ -362,9 +365,10 @@ def keep(file: Path, content: bytes) -> None:
     part.replace(file)
 
 
-def name_of(leased: Given) -> str:
-    """Tells bases apart."""
-    return digest(b"".join(basis.p_NK.numpy().tobytes() for basis in leased.basis.values()))[:12]
+def name_of(given: Given) -> str:
+    """Tells bases, and adapters that are trained on, apart."""
+    adapters = [adapter_to_bytes(adapter) for adapter in (given.adapter, given.start) if adapter is not None]
+    return digest(b"".join([*(basis.p_NK.numpy().tobytes() for basis in given.basis.values()), *adapters]))[:12]
 
 
 def score(base: BaseModel, adapter: Adapter, case: Case) -> float:

@@ -198,7 +198,9 @@ class _Attempt:
         self.seconds_before = 0.0
         """Time that earlier attempts spent on trainings of `auto` that this one took over."""
         self._cut: Adapter | None = None
-        """What is left of a LoRA, to be trained on."""
+        """What is left of a candidate, to be trained on."""
+        self._cut_in = 0
+        """Version in whose basis it lies; 0: it is a LoRA."""
         self.compared: tuple[str, ...] | None = None
         """As in `Trained`."""
         self.warnings: tuple[str, ...] = ()
@@ -315,12 +317,13 @@ class _Attempt:
         candidate._run += rows
         return candidate
 
-    def _recovery(self, cut: Adapter, report: Report, rows: str = "") -> _Attempt:
-        """A run that trains on what is left of a LoRA."""
+    def _recovery(self, trained: _Attempt, cut: Adapter, report: Report, rows: str = "") -> _Attempt:
+        """A run that trains on what is left of a candidate: of one in a basis its coefficients there, as a refinement
+        does."""
         count = sum(update.rank for update in cut.modules.values())
-        candidate = self._candidate("lora", report, f"{rows} cut to {count}")
+        candidate = self._candidate(trained.method_name, report, f"{rows} cut to {count}")
         candidate._order = replace(candidate._order, spec=auto.recovery(candidate._order.spec, cut))
-        candidate._cut = cut
+        candidate._cut, candidate._cut_in = cut, trained.version if trained.leased else 0
         return candidate
 
     def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
@@ -453,13 +456,15 @@ class _Attempt:
             self.method_name, self.version = checkpoint.method, checkpoint.basis_version
         elif order.refine_version:
             self.method_name, self.version = "refine", order.refine_version
+        elif self._cut_in:
+            self.method_name, self.version = "refine", self._cut_in
         else:
             main: int = self._group.agree(self._store.resolve(MAIN))
             self.version = main if METHODS[self.method_name].needs_basis(order.spec) or self._starts_from_main else 0
         is_leased = self.version and METHODS[self.method_name].needs_basis(order.spec)
         try:
             basis = self._basis() if is_leased else {}
-            start = self.served() if self._starts_from_main and not order.refine_version else self._cut
+            start = self.served() if self._starts_from_main and not order.refine_version else None
         except (NotFound, InvalidInput) as error:  # the version of the checkpoint may have expired meanwhile
             if checkpoint is None:
                 raise
@@ -467,6 +472,8 @@ class _Attempt:
             return self._given(self._checkpoint())
         self.leased = {name: one.ranks for name, one in basis.items()}
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
+        if self._cut is not None:
+            served, start = (self._cut, None) if self._cut_in else (None, self._cut)
         basis_of = f", in the basis of version {self.version}" if is_leased else ""
         start_of = f", from what version {self.version} serves of {order.revises}" if start else ""
         if self._cut is not None:
@@ -483,7 +490,7 @@ class _Attempt:
             return self._store.basis_of(self._order.task_id, self.version)
         if self._starts_from_main and self.method_name == "share":  # where it lies, to the last number
             return self._store.basis_of(self._order.revises, self.version)
-        if self.method_name == "share" and share.stays_inside(self._order.spec):
+        if self.method_name in ("share", "refine") and share.stays_inside(self._order.spec):
             return self._store.training_basis(self.version)
         return self._store.basis(self.version)
 
@@ -506,7 +513,7 @@ class _Race:
         self._attempt, self._rows, self._rest, self._validation = attempt, rows, rest, validation
         self._spec, self._group = attempt._order.spec, attempt._group
         self._names = attempt._worth_a_race()
-        self._tries_left = auto.TRIES * auto.RECOVERY * ("lora" in self._names)
+        self._tries_left = auto.TRIES * auto.RECOVERY * len({*self._names} & {*auto.RECOVERED})
         """Size of the recoveries that may follow, in units of the task's own training."""
         self._at_last = float(needs_all_rows(rest, validation))
         """Size of the training on all rows, at most; 0: there is none."""
@@ -523,7 +530,7 @@ class _Race:
             spec.method.loss_max,
             lambda method, adapter: auto.numbers(adapter, finished[method][0].leased),
             judged.metric,
-            self._trained_on,
+            lambda method, cut: self._trained_on(finished[method][0], cut),
         )
         for line in lines:
             attempt._say(line)
@@ -576,12 +583,14 @@ class _Race:
         shares: list[float] = self._group.agree(found)
         return shares
 
-    def _trained_on(self, cut: Adapter) -> Adapter | None:
-        """What is left of the LoRA, after its recovery; None where that failed."""
+    def _trained_on(self, trained: _Attempt, cut: Adapter) -> Adapter | None:
+        """What is left of a candidate, after its recovery; None where that failed, or it lies in no basis."""
         self._tries_left -= auto.RECOVERY
+        if trained.method_name != "lora" and not trained.leased:
+            return None
         after = self._tries_left + self._at_last
-        name = f"lora cut to {sum(update.rank for update in cut.modules.values())}"
-        recovery = self._attempt._recovery(cut, self._among(name, auto.RECOVERY, after))
+        name = f"{trained.method_name} cut to {sum(update.rank for update in cut.modules.values())}"
+        recovery = self._attempt._recovery(trained, cut, self._among(name, auto.RECOVERY, after))
         try:
             return self._run(recovery, self._rest)
         except InvalidInput as error:
@@ -592,7 +601,7 @@ class _Race:
 
     def _on_all_rows(self, kept: auto.Form, trained: _Attempt, whole: Adapter) -> tuple[_Attempt, Adapter]:
         """The form that is kept, made once more: by the method's own training, or by training on what a cut has left of
-        the LoRA.
+        the candidate.
 
         Args:
             trained, whole: The candidate that the form was made of.
@@ -603,7 +612,8 @@ class _Race:
         name = f"{kept.method} on all rows"
         if kept.directions:
             report = self._among(name, auto.RECOVERY, 0.0)
-            recovery = self._attempt._recovery(auto.leading(whole, kept.directions), report, " all rows")
+            cut = auto.leading(whole, kept.directions)
+            recovery = self._attempt._recovery(trained, cut, report, " all rows")
             return trained, self._run(recovery, self._rows)
         again = self._attempt._candidate(kept.method, self._among(name, 1.0, 0.0), " all rows")
         return again, auto.cut(self._run(again, self._rows), kept.share)
@@ -611,8 +621,9 @@ class _Race:
     def _run(self, attempt: _Attempt, rows: Sequence[Row]) -> Adapter:
         adapter, run = attempt._raced_before() or attempt._race(rows)
         self._runs.append((attempt, run))
-        # What was cut and trained on is of the LoRA that was asked for.
-        return replace(adapter, info=dict(adapter.info) | {"lora": self._spec.lora.model_dump_json()})
+        # What was cut and trained on is of the LoRA that was asked for, and refined nothing that was merged.
+        info = {name: fact for name, fact in adapter.info.items() if name != "refined_in"}
+        return replace(adapter, info=info | {"lora": self._spec.lora.model_dump_json()})
 
     def _among(self, name: str, size: float, after: float) -> Report:
         return auto.among(self._attempt._report, name, sum(run.steps for _, run in self._runs), size, after)

@@ -24,7 +24,7 @@ from subspace_store import Adapter, ModuleUpdate, SubspaceStore, adapter_to_byte
 from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
 from tests.subspace_store.builders import fresh_storage, merged
-from workers.methods import Given
+from workers.methods import NOTHING, Given
 from workers.methods.factors import lora_layers
 from workers.rows.task_data import Row
 
@@ -256,7 +256,7 @@ def _raced(shop: Workshop, case: Case, store: SubspaceStore) -> Made:
     def train(case: Case, method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
         nonlocal waited, trained
         before = time.perf_counter()
-        of = name_of(given) if given.version else _digest(given.start)
+        of = "" if given is NOTHING else name_of(given)
         made = shop.train(case, method, rows, method=method, of=of, given=given)
         waited += time.perf_counter() - before
         trained += made.seconds

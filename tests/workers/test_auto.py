@@ -242,10 +242,10 @@ def test_a_form_of_auto_is_kept_to_the_last_number_and_any_other_adapter_to_a_sh
 # What is left of a LoRA is trained on
 
 
-def recovering(enough: int, tried: list[int]) -> Callable[[Adapter], Adapter | None]:
+def recovering(enough: int, tried: list[int]) -> Callable[[str, Adapter], Adapter | None]:
     """A recovery that makes a cut of so many directions or more as good as the whole."""
 
-    def train_on(cut: Adapter) -> Adapter | None:
+    def train_on(method: str, cut: Adapter) -> Adapter | None:
         count = sum(update.rank for update in cut.modules.values())
         tried.append(count)
         return replace(cut, info={"recovered": "well" if count >= enough else "badly"})
@@ -287,19 +287,42 @@ def test_no_cut_is_trained_on_that_is_not_smaller_than_one_that_is_good_enough_a
 
 def test_a_cut_that_cannot_be_trained_on_costs_nothing_but_the_try() -> None:
     lora = random_adapter(2, rank=16)
-    kept, _ = auto.chosen({"lora": lora}, lambda _: [0.9] * 30, 0.005, train_on=lambda cut: None)
+    kept, _ = auto.chosen({"lora": lora}, lambda _: [0.9] * 30, 0.005, train_on=lambda method, cut: None)
     assert (kept.directions, kept.share) == (0, auto.SHARES[0])
 
 
-def test_a_lora_that_is_worse_than_the_other_candidate_is_not_trained_on() -> None:
-    share, lora, tried = random_adapter(1, rank=1), random_adapter(2, rank=16), list[int]()
-    kept, _ = auto.chosen(
-        {"share": share, "lora": lora},
-        lambda adapter: [0.8 if adapter.info.get("recovered") or adapter is lora else 0.9] * 30,
-        0.005,
-        train_on=recovering(1, tried),
-    )
-    assert (kept.method, tried) == ("share", [])
+@pytest.mark.parametrize("worse", ["share", "lora"])
+def test_a_candidate_that_is_worse_than_the_other_is_not_trained_on(
+    worse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
+    found = {"share": random_adapter(1, rank=16), "lora": random_adapter(2, rank=16)}
+    tried: list[str] = []
+
+    def train_on(method: str, cut: Adapter) -> Adapter | None:
+        tried.append(method)
+        return None
+
+    kept, _ = auto.chosen(found, lambda one: [0.8 if one is found[worse] else 0.9] * 30, 0.005, train_on=train_on)
+    assert {kept.method} == set(tried) == {*found} - {worse}
+
+
+def test_the_candidate_with_the_fewest_numbers_is_trained_on_first_and_often_spares_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
+    found = {"lora": random_adapter(2, rank=16), "share": random_adapter(1, rank=16)}
+    tried: list[str] = []
+
+    def train_on(method: str, cut: Adapter) -> Adapter | None:
+        tried.append(method)
+        return replace(cut, info={"recovered": "well"})
+
+    def numbers(method: str, adapter: Adapter) -> int:
+        return adapter.numbers if method == "lora" else adapter.numbers // 100
+
+    kept, _ = auto.chosen(found, lambda _: [0.9] * 30, 0.005, numbers, train_on=train_on)
+    assert (kept.method, kept.directions, set(tried)) == ("share", 2, {"share"})
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -307,7 +330,8 @@ def test_what_is_left_is_trained_on_in_its_own_directions_alone_with_steps_of_th
     tiny: Tiny, use_rslora: bool
 ) -> None:
     base = tiny("bert")
-    spec = task(lora={"r": 4, "lora_alpha": 6.0, "use_rslora": use_rslora}, training={"warmup_steps": 8.0})
+    of_lora = {"r": 4, "lora_alpha": 6.0, "use_rslora": use_rslora}
+    spec = task(method={"name": "lora"}, lora=of_lora, training={"warmup_steps": 8.0})
     prepared = lora.prepare(base, spec)
     whole = lora.finish(prepared, base, spec)
     layers = list(lora_layers(prepared))
@@ -390,7 +414,7 @@ def test_preempted_while_what_is_left_is_trained_on_it_goes_on_there(
     desk.heartbeats.clear()
     trained = desk.train(base, spec)
     points = [p for beat in desk.heartbeats for p in beat.log_lines if isinstance(p, Point)]
-    assert (points[0].candidate, points[0].resumed_from > 0) == ("lora cut to 12", True)
+    assert (points[0].candidate, points[0].resumed_from > 0) == ("lora cut to 4", True)
     assert trained.adapter_sha256 == expected.adapter_sha256
     assert trained.steps == expected.steps
 
@@ -494,7 +518,7 @@ def test_progress_counts_the_steps_of_all_candidates_and_never_goes_back(desk: D
     beats = [beat for beat in desk.heartbeats if beat.step]
     steps = [beat.step for beat in beats if beat.phase is Phase.TRAINING]
     assert steps == sorted(steps)
-    assert all(beat.step <= beat.steps <= 3 * 12 + 2 * 6 for beat in beats if beat.phase is Phase.TRAINING)
+    assert all(beat.step <= beat.steps <= 3 * 12 + 4 * 6 for beat in beats if beat.phase is Phase.TRAINING)
     assert max(steps) == beats[-1].steps == trained.steps
     assert trained.first_step_at == min(beat.first_step_at for beat in beats if beat.first_step_at)
 
@@ -611,6 +635,53 @@ def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kep
             assert outside(update.delta(), held[name]) < 1e-5
             found = store.adapter(task_id, version).modules[name].delta()
             assert torch.allclose(found, update.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "directions"), [({}, 4), (RENEWED, 3)], ids=["first basis", "renewed basis"])
+def test_what_a_cut_leaves_of_coefficients_is_trained_on_in_the_same_basis(
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], directions: int
+) -> None:
+    ran: list[tuple[int, Adapter, Adapter]] = []  # rows, what it begins with, what it ends with
+    choose = auto.chosen
+
+    def lenient(found: Any, score: Any, loss_max: float, *others: Any) -> Any:
+        return choose({"share": found["share"]}, score, 1.0, *others)
+
+    def fitting(model: Any, base: Any, rows: Any, spec: TaskSpec, *others: Any) -> Any:
+        before = lora.finish(model, base, spec)
+        run = fit(model, base, rows, spec, *others)
+        ran.append((len(rows), before, lora.finish(model, base, spec)))
+        return run
+
+    monkeypatch.setattr(auto, "chosen", lenient)
+    monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
+    monkeypatch.setattr(auto, "WORTH_TRAINING_IN", directions)
+    base = tiny("bert")
+    store = published(desk, base, **settings)
+    monkeypatch.setattr(training, "fit", fitting)
+    trained = desk.train(base, in_the_basis(r=2), staging_key="staging/t2/1-a/adapter.safetensors")
+    adapter, (_, _, whole) = desk.staged(trained), ran[0]
+    assert (trained.method, trained.basis_version) == ("share", 1)
+    assert adapter.is_sized
+    assert json.loads(adapter.info["lora"])["r"] == 2
+    assert "refined_in" not in adapter.info
+    kept = sum(update.rank for update in adapter.modules.values())
+    assert kept == max(1, round(auto.SIZES[0] * sum(update.rank for update in whole.modules.values())))
+    left, (rows, begin, end) = auto.leading(whole, kept), ran[-1]
+    assert rows == COUNT
+    for name, delta in deltas(adapter).items():
+        assert torch.allclose(deltas(begin)[name], deltas(left)[name], atol=1e-5)
+        assert torch.allclose(deltas(end)[name], delta, atol=1e-5)
+        assert not torch.allclose(delta, deltas(left)[name], atol=1e-5)
+        assert outside(delta, store.training_basis(1)[name]) < 1e-6
+    before = store.footprint(1).total_numbers
+    staged = StagedAdapter(task_id="t2", name="team-a/second", key=trained.staging_key, sha256=trained.adapter_sha256)
+    store.merge([staged], op_key="m2", actor="test")
+    assert store.state.tasks_at(2)["t2"].private is None
+    assert store.footprint(2).total_numbers - before == 2 * directions * kept
+    for name, delta in deltas(store.adapter("t2", 2)).items():
+        assert torch.allclose(delta, deltas(adapter)[name], atol=1e-6)
+    assert {f"share cut to {kept}", "share on all rows"} <= {beat.candidate for beat in desk.heartbeats}
 
 
 @pytest.mark.parametrize(("columns", "directions"), [(0, 3), (1, 5)])

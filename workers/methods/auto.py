@@ -10,11 +10,11 @@ neither is the one to doubt: with a standard error on that loss as well, `share`
 `lora` (of tasks as below), without it in 18, whose probability of the right label on test rows was 1.1 points above
 their LoRAs'; of the three alone 0.3 below, 1.4 at most.
 
-A LoRA is then cut much further and what is left of it is trained on (`recovery`): the directions that are left take
-over most of what the others held. Of trec6 (200 steps; 1,500 rows that nothing was trained on) the right label has the
-probability 0.852 with the LoRA of rank 8, 0.791 after a cut to an eighth of its directions, 0.842 and 0.871 trained on
-for 60 and 120 steps; a LoRA of rank 1, which has as many numbers, has 0.682. Such a form is a candidate like the others,
-and the smallest that is good enough is kept.
+A candidate is then cut much further and what is left of it is trained on (`recovery`): the directions that are left
+take over most of what the others held. Of trec6 (200 steps; 1,500 rows that nothing was trained on) the right label has
+the probability 0.852 with the LoRA of rank 8 and 0.840 after a cut to a quarter of its directions. Cut to an eighth and
+trained on for 60 and 120 steps it has 0.842 and 0.871; a LoRA of rank 1, which has as many numbers, 0.682. Such a form
+is a candidate like the others, and the smallest that is good enough is kept.
 
 Unless the validation rows are few among all, what was chosen is made once more with all rows. The rows that scores are
 reported on are never looked at.
@@ -56,12 +56,14 @@ SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 """Shares of an update's energy that its forms keep."""
 DOUBT = 1.0
 """Standard errors of the paired difference that are added to what a cut loses."""
+RECOVERED = ("share", "lora")
+"""Methods whose candidates are trained on after a cut."""
 SIZES = (1 / 16, 1 / 8, 1 / 4)
-"""Shares of a LoRA's directions that are kept and trained on alone, smallest first."""
+"""Shares of a candidate's directions that are kept and trained on alone, smallest first."""
 TRIES = len(SIZES).bit_length()
 """Most of these that are tried, by bisection."""
 RECOVERY = 0.5
-"""Share of the task's steps for which a LoRA is trained on after it was cut."""
+"""Share of the task's steps for which a cut is trained on."""
 EVEN: tuple[Metric, ...] = ("f1_macro", "matthews_correlation", "probability_macro")
 """Metrics in which a label weighs as much whatever its share of the rows is. Of the plain mean of probabilities a task
 with 70 % of one label loses next to nothing when it gives that one always, and its correlation falls to 0."""
@@ -198,12 +200,12 @@ def chosen(
     loss_max: float,
     numbers: Callable[[str, Adapter], int] = lambda method, adapter: adapter.numbers,
     metric: Metric = "probability",
-    train_on: Callable[[Adapter], Adapter | None] = lambda cut: None,
+    train_on: Callable[[str, Adapter], Adapter | None] = lambda method, cut: None,
 ) -> tuple[Form, tuple[str, ...]]:
     """The form to keep, and why, in lines.
 
-    First the smallest cut that is good enough is found. Then, if the LoRA is good enough, the smallest cut of it that
-    takes fewer numbers still and is good enough after it was trained on.
+    First the smallest cut that is good enough is found. Then, of the candidates that are good enough, the one with the
+    fewest numbers first, the smallest cut that takes fewer numbers still and is good enough after it was trained on.
 
     Args:
         candidates: Method to trained adapter, at least one.
@@ -211,11 +213,11 @@ def chosen(
         loss_max: Of the task, see `acceptable`.
         numbers: Numbers that it takes to store an adapter of a method.
         metric: That of `score`.
-        train_on: Trains a cut LoRA on, see `recovery`; None where that failed.
+        train_on: Trains a cut of a method's candidate on, see `recovery`; None where that failed.
 
     Cost:
         For each candidate at most 1 + log2(`SHARES`) scores: a form that keeps more is taken to score no worse. At most
-        `TRIES` trainings.
+        `TRIES` trainings of those in `RECOVERED`.
     """
 
     def form(method: str, share: float, adapter: Adapter) -> Form:
@@ -235,27 +237,28 @@ def chosen(
             said += f"; it loses {loss:.4f} ±{error:.4f}, and at most {accepted:.2g} may be lost in all"
         lines.append(said)
     lines.append(f"auto: {kept.method}, cut to {kept.numbers:,} numbers, scores {kept.score:.4f} there")
-    lora = whole.get("lora")
-    if lora is None or not fits(lora, whole=lora):
-        return kept, tuple(lines)
-    counts = [max(1, round(size * sum(u.rank for u in lora.adapter.modules.values()))) for size in SIZES]
-    cuts = [leading(lora.adapter, count) for count in counts]
-    tried = [(count, cut) for count, cut in zip(counts, cuts, strict=True) if cut.numbers < kept.numbers]
 
-    def trained_on(place: int) -> Form | None:
+    def trained_on(one: Form, cuts: Sequence[tuple[int, Adapter]], place: int) -> Form | None:
         """It had a training of its own, and is compared as candidates are, without a standard error."""
-        count, cut = tried[place]
-        if (adapter := train_on(cut)) is None:
+        count, cut = cuts[place]
+        if (adapter := train_on(one.method, cut)) is None:
             return None
-        found = replace(form("lora", 1.0, adapter), directions=count)
+        found = replace(form(one.method, 1.0, adapter), directions=count)
         is_kept = found.loss(best)[0] <= accepted
         lines.append(
-            f"auto: lora, cut to {found.numbers:,} numbers and trained on, scores {found.score:.4f} there"
+            f"auto: {one.method}, cut to {found.numbers:,} numbers and trained on, scores {found.score:.4f} there"
             f"{'' if is_kept else ', too little'}"
         )
         return found if is_kept else None
 
-    return _first(trained_on, len(tried)) or kept, tuple(lines)
+    for one in sorted(whole.values(), key=lambda one: one.numbers):
+        if one.method not in RECOVERED or not fits(one, whole=one):
+            continue
+        counts = [max(1, round(size * sum(u.rank for u in one.adapter.modules.values()))) for size in SIZES]
+        all_cuts = [(count, leading(one.adapter, count)) for count in counts]
+        cuts = [(count, cut) for count, cut in all_cuts if numbers(one.method, cut) < kept.numbers]
+        kept = _first(partial(trained_on, one, cuts), len(cuts)) or kept
+    return kept, tuple(lines)
 
 
 def forms(adapter: Adapter) -> Iterator[Adapter]:
@@ -288,16 +291,21 @@ def leading(adapter: Adapter, count: int) -> Adapter:
 
 
 def recovery(spec: TaskSpec, cut: Adapter) -> TaskSpec:
-    """How a LoRA is trained on after it was cut: its own directions alone, with steps of the size that they had."""
+    """How a cut of a candidate is trained on: its own directions alone, with steps of the size that they had.
+
+    Args:
+        spec: With the candidate's method. A LoRA's layers keep the rank that each has left; in a basis the largest says
+            how many are kept.
+    """
     training = spec.training
     changes: dict[str, float] = {"num_train_epochs": RECOVERY * training.num_train_epochs}
     if training.max_steps > 0:
         changes["max_steps"] = math.ceil(RECOVERY * training.max_steps)
     if training.warmup_steps >= 1:
         changes["warmup_steps"] = RECOVERY * training.warmup_steps
-    lora = spec.lora.model_copy(
-        update={"r": 1, "lora_alpha": spec.lora.alpha_of(1), "target_modules": tuple(cut.modules)}
-    )
+    rank = 1 if spec.method.name == "lora" else max(update.rank for update in cut.modules.values())
+    left = {"r": rank, "lora_alpha": spec.lora.alpha_of(rank), "target_modules": tuple(cut.modules)}
+    lora = spec.lora.model_copy(update=left)
     return spec.model_copy(update={"training": training.model_copy(update=changes), "lora": lora})
 
 
