@@ -11,19 +11,18 @@ PACKAGES := configs subspace_store workers orchestrator
 # Processes that run tests at a time. One more than two cores, because a test of a service waits a quarter of its time for
 # something that takes no CPU.
 PROCESSES := 3
-# Where the tests of real services are: to import all others would take a quarter of a minute of each process.
+# Where the tests of real services and servers are: to import all others would take a quarter of a minute of each process.
 SERVICES := tests/acceptance tests/docs/test_blocks_run.py tests/servers tests/workers/test_auto.py tests/workers/test_rank_group.py
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
-# The unit tests first: they need no Ray and fail within a minute. Then real services and what kills them, then a real S3
+# The unit tests first: they need no Ray and fail within a minute. Then real services and what kills them, beside a real S3
 # server that any machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses $(PROCESSES) --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
-	$(BIN)/pytest -m "acceptance and not stops" $(SERVICES) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
-	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m s3 tests/servers
+	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m "s3 or acceptance and not stops" $(SERVICES) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"
 	@echo "         make test-s3 installs them and runs these tests (6 minutes)"
 	@echo "         the web page in a real Chromium, which takes apt-get and npm to install; make test-web installs it and runs"

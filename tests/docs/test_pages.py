@@ -57,9 +57,9 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
     assert "make test-web" in told
     assert "make check-deploy" in told
     # Every other test has its turn: by marker, those of the other pytest lines are the rest.
-    markers = ["not acceptance and not s3 and not browser", "acceptance and not stops", "s3 tests"]
+    markers = ["not acceptance and not s3 and not browser", "s3 or acceptance and not stops"]
     assert re.findall(r'pytest -m "?([\w ]+)', recipe[1]) == markers
-    # Tests of real services are looked for in these places alone, and are in no other.
+    # Tests of real services and servers are looked for in these places alone, and are in no other.
     places = re.search(r"^SERVICES := (.*)$", MAKEFILE, flags=re.MULTILINE)
     assert places is not None
     marked = {file for file in tracked() if re.fullmatch(r"tests/.*\.py", file) and is_marked(ROOT / file)}
@@ -70,8 +70,8 @@ def test_make_test_says_what_it_leaves_out_and_runs_all_else() -> None:
 
 
 def is_marked(file: Path) -> bool:
-    """Whether tests of real services are in a file, or come from it."""
-    return re.search(r"\bpytest\.mark\.acceptance\b", file.read_text()) is not None
+    """Whether tests of real services or servers are in a file, or come from it."""
+    return re.search(r"\bpytest\.mark\.(acceptance|s3)\b", file.read_text()) is not None
 
 
 @pytest.mark.parametrize("block", every_block("console"))

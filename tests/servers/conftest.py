@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 
 HONEST = tuple(name for name in wanted() if name != "s3rver")
 """Servers that keep the rules: everything must work on them."""
-FIGURES = pytest.StashKey[list[str]]()
+FIGURE = "figure"
+"""Name of a property of a test that is printed."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +103,15 @@ def figure(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """What a test puts here is printed at the end of the run, whether or not somebody asks."""
     said: list[str] = []
     yield said
-    request.config.stash.setdefault(FIGURES, []).extend(f"{request.node.name}: {line}" for line in said)
+    request.node.user_properties.extend((FIGURE, f"{request.node.name}: {line}") for line in said)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(FIGURES, []):
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    for report in reports:
+        if (
+            getattr(report, "when", "") == "teardown"
+        ):  # a property that its fixture gives a test is in no earlier report
+            for name, line in report.user_properties:
+                if name == FIGURE:
+                    terminalreporter.write_line(line)
