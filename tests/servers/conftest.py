@@ -107,11 +107,9 @@ def figure(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # What a fixture gives a test at its end is in the report of that end alone.
     reports = [report for found in terminalreporter.stats.values() for report in found]
-    for report in reports:
-        if (
-            getattr(report, "when", "") == "teardown"
-        ):  # a property that its fixture gives a test is in no earlier report
-            for name, line in report.user_properties:
-                if name == FIGURE:
-                    terminalreporter.write_line(line)
+    for report in (report for report in reports if getattr(report, "when", "") == "teardown"):
+        for name, line in report.user_properties:
+            if name == FIGURE:
+                terminalreporter.write_line(line)
