@@ -1,4 +1,4 @@
-"""Scores from answers: each value as the field's library has it, and each row's share in it. Pure, on the CPU.
+"""Scores from answers: each value by the library that the field uses, and each row's share in it. Pure, on the CPU.
 
 A score is a number, or there is none and an error says why: at admission where the rows decide it (`CORRELATIONS`), in
 evaluation.py where the model's outputs are no numbers. It is never NaN, which means "not measured".
@@ -57,19 +57,14 @@ def classification(
         of_right: Probability that the model gives to each row's label.
 
     Returns:
-        Values by scikit-learn's definitions, and the same bits, without its import: 0.8 s of each worker's start.
-        Matthews correlation is 0 when all answers, or all labels, are the same.
+        Values by scikit-learn's definitions; Matthews correlation is 0 when all answers are the same.
     """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     given, said = np.asarray(expected), np.asarray(predicted)
     right = (given == said).astype(np.float64)
-    count = len(given)
-    givens_C, saids_C, both_C = (
-        np.bincount(labels, minlength=label_count).astype(np.float64) for labels in (given, said, given[given == said])
-    )
-    seen_C = givens_C + saids_C
-    f1_C = np.divide(2 * both_C, seen_C, out=np.zeros(label_count), where=seen_C > 0)
-    matthews = _matthews(givens_C, saids_C, both_C.sum())
-    given_C, said_C = givens_C / count, saids_C / count
+    f1_C = f1_score(given, said, labels=range(label_count), average=None, zero_division=0)
+    given_C, said_C = (np.bincount(labels, minlength=label_count) / len(given) for labels in (given, said))
     # F1 of a label is the ratio of two means over rows, 2·[given and said] and [given] + [said].
     per_rate_C = np.divide(1.0, given_C + said_C, out=np.zeros(label_count), where=given_C + said_C > 0)
     influence = 2 * right * per_rate_C[given] - (f1_C * per_rate_C)[given] - (f1_C * per_rate_C)[said]
@@ -80,10 +75,12 @@ def classification(
     # Matthews correlation is the correlation of two 0/1 vectors over the labels, here by their inner products.
     products = right - said_C[given] - given_C[said] + given_C @ said_C
     squares = (1 - 2 * rate_C[labels] + rate_C @ rate_C for labels, rate_C in ((given, given_C), (said, said_C)))
+    # scikit-learn answers 0 as well where one side does not vary, but warns if both do not.
+    matthews = matthews_corrcoef(given, said) if np.ptp(given) and np.ptp(said) else 0.0
     return {
-        "accuracy": Measure(float(right.mean()), right),
+        "accuracy": Measure(float(accuracy_score(given, said)), right),
         "f1_macro": Measure(float(f1_C.mean()), f1_C.mean() + influence / label_count),
-        "matthews_correlation": Measure(matthews, _correlation_shares(products, *squares)),
+        "matthews_correlation": Measure(float(matthews), _correlation_shares(products, *squares)),
         "probability": Measure(float(sure.mean()), sure),
         "probability_macro": Measure(float(even), even + (sure - sure_C[given]) / given_C[given] / of_labels),
     }
@@ -193,13 +190,6 @@ def values(measures: Mapping[str, Measure]) -> dict[str, float]:
     if "log_likelihood" in named:
         named["perplexity"] = float(np.exp(-named["log_likelihood"]))
     return named
-
-
-def _matthews(givens_C: Floats, saids_C: Floats, right_count: float) -> float:
-    """Matthews correlation, from how often each label is given and said, and how often both."""
-    count = givens_C.sum()
-    unlike = (count**2 - saids_C @ saids_C) * (count**2 - givens_C @ givens_C)
-    return float((right_count * count - givens_C @ saids_C) / np.sqrt(unlike)) if unlike else 0.0
 
 
 def _pearson_shares(left: Floats, right: Floats) -> Floats:
