@@ -27,13 +27,14 @@ import psutil
 import yaml
 
 from benchmarks.serving_service import TASKS, client
+from configs.errors import Unavailable
 from orchestrator.ray_head import ray_environment
 from subspace_store.requests import Rollback
 from tests.acceptance.conftest import Site
 from tests.moto_server import free_port
 from tests.ray_cluster import RAY, RayCluster, ray_cluster
 
-CLIENTS, ROWS_MAX = 24, 4
+CLIENTS, ROWS_MAX = 8, 2
 MOVES = 6
 TEXTS = ("Why was I charged twice for this payment?", "what is the exchange rate?", "my card has not arrived")
 VERSIONS = (2, 3)
@@ -207,8 +208,11 @@ def measured(site: Site, port: int, node: Node) -> dict[str, Any]:
 
 
 def replicas(site: Site) -> list[dict[str, Any]]:
-    """What the replicas that answer say of themselves."""
-    found = site.status()["serving"].get("base_models", {}).get("minilm", [])
+    """What the replicas that answer say of themselves; nothing while the control plane of a crowded machine is late."""
+    try:
+        found = site.status()["serving"].get("base_models", {}).get("minilm", [])
+    except Unavailable:
+        return []
     return [one for one in found if "pid" in one]
 
 
