@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ ALIGNED = 64
 
 @dataclass(frozen=True)
 class _Segment:
-    file: FileIO
+    descriptor: int
     bytes_B: Tensor
     """All of it, mapped: pages are read when they are looked at."""
 
@@ -69,10 +69,12 @@ class TaskFile:
         whole[size : size + len(head)] = head
         if not self._segments or self._end + len(whole) > len(self._segments[-1].bytes_B):
             self._segments.append(_segment(max(self._segment_bytes, len(whole)), self._folder))
+            weakref.finalize(self, os.close, self._segments[-1].descriptor)
             self._end = 0
-        segment = self._segments[-1]
-        segment.file.seek(self._end)
-        segment.file.write(whole)
+        written = 0
+        while written < len(whole):  # a disk that is nearly full takes a part first
+            rest = memoryview(whole)[written:]
+            written += os.pwrite(self._segments[-1].descriptor, rest, self._end + written)
         self._places[task_id] = len(self._segments) - 1, self._end, size, len(head)
         self._end += len(whole)
 
@@ -98,12 +100,11 @@ def _segment(size: int, folder: str | None) -> _Segment:
     """A file that ends with the process: its name is gone as soon as it is mapped. Nothing is taken of the disk before
     it is written."""
     descriptor, path = tempfile.mkstemp(prefix="onebasis-tasks-", dir=folder)
-    file = os.fdopen(descriptor, "wb", buffering=0)
     try:
-        file.truncate(size)
-        return _Segment(file, torch.from_file(path, shared=False, size=size, dtype=torch.uint8))
+        os.truncate(descriptor, size)
+        return _Segment(descriptor, torch.from_file(path, shared=False, size=size, dtype=torch.uint8))
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
     finally:
         os.unlink(path)
