@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from subspace_store.merging.basis import ModuleBasis
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import score_adapter
-from workers.methods import NOTHING, Given, Method, auto, codyra, lora, share
+from workers.methods import NOTHING, Given, Method, auto, codyra, lora, refine, share
 from workers.rows.task_data import Row
 from workers.rows.validation import needs_all_rows, not_compared, set_aside
 from workers.trainer import Surroundings, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = SubspaceSettings()
-METHODS: Mapping[str, Method] = {"share": share, "lora": lora, "codyra": codyra}
+METHODS: Mapping[str, Method] = {"share": share, "lora": lora, "codyra": codyra, "refine": refine}
 TEST_ROWS = 500
 ALL_ROWS = 10**6
 ALL = "-all"
@@ -111,8 +111,8 @@ def measure(
             continue
         version = store.state.refs["candidate"]
 
-        def train(name: str, rows: Sequence[Row], which: str, given: Given, case: Case = case) -> Adapter:
-            where = f"{which}-in-{name_of(given)}" if name == "share" else which
+        def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
+            where = which if given is NOTHING else f"{which}-in-{name_of(given)}"
             return trained(base, case, name, rows, folder, where, given)
 
         raced = race(base, case, store, train)
@@ -152,8 +152,8 @@ class Raced:
     said: tuple[str, ...]
 
 
-Train = Callable[[str, Sequence[Row], str, Given], Adapter]
-"""Trains a method on some rows; `which` tells those of one method apart."""
+Train = Callable[[Case, str, Sequence[Row], str, Given], Adapter]
+"""Trains a case by a method on some rows; `which` tells those of one method apart."""
 
 
 def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_lora: bool = False) -> Raced:
@@ -163,10 +163,17 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
     version = store.state.refs["candidate"]
     ranks = store.training_ranks(version)
     leased = Given(version=version, basis=store.training_basis(version))
-    found = {"lora": train("lora", rest, "", NOTHING)}
+    found = {"lora": train(case, "lora", rest, "", NOTHING)}
     if not only_lora and auto.is_large_enough(ranks, lora.target_modules(base, case.spec.lora, case.spec.kind)):
-        found["share"] = train("share", rest, "", leased)
+        found["share"] = train(case, "share", rest, "", leased)
     in_basis = {"lora": {}, "share": ranks}
+
+    def train_on(method: str, cut: Adapter, rows: Sequence[Row] = rest, which: str = "") -> Adapter:
+        by = case.spec.model_copy(update={"method": case.spec.method.model_copy(update={"name": method})})
+        left = replace(case, spec=auto.recovery(by, cut))
+        if method == "lora":
+            return train(left, "lora", rows, f"{which}-left", Given(start=cut))
+        return train(left, "refine", rows, f"{which}-left", replace(leased, adapter=cut))
 
     judged = auto.validation_spec(case.spec)
     kept, said = auto.chosen(
@@ -175,10 +182,14 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         case.spec.method.loss_max,
         lambda name, adapter: auto.numbers(adapter, in_basis[name]),
         judged.metric,
+        train_on,
     )
     if not needs_all_rows(rest, validation):
         return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)
-    final = train(kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
+    if kept.directions:
+        final = train_on(kept.method, auto.leading(found[kept.method], kept.directions), case.train, ALL)
+    else:
+        final = train(case, kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
     return Raced(auto.sized(final, kept.share), kept, tuple(found), said)
 
 
@@ -354,9 +365,10 @@ def keep(file: Path, content: bytes) -> None:
     part.replace(file)
 
 
-def name_of(leased: Given) -> str:
-    """Tells bases apart."""
-    return digest(b"".join(basis.p_NK.numpy().tobytes() for basis in leased.basis.values()))[:12]
+def name_of(given: Given) -> str:
+    """Tells bases, and adapters that are trained on, apart."""
+    adapters = [adapter_to_bytes(adapter) for adapter in (given.adapter, given.start) if adapter is not None]
+    return digest(b"".join([*(basis.p_NK.numpy().tobytes() for basis in given.basis.values()), *adapters]))[:12]
 
 
 def score(base: BaseModel, adapter: Adapter, case: Case) -> float:

@@ -38,6 +38,7 @@ Metric = Literal[
     "f1_macro",
     "matthews_correlation",
     "probability",
+    "probability_macro",
     "pearson",
     "spearman",
     "pck",
@@ -46,7 +47,13 @@ Metric = Literal[
     "exact_match",
     "rouge_l",
 ]
-_CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1_macro", "matthews_correlation", "probability")
+_CLASSIFICATION: tuple[Metric, ...] = (
+    "accuracy",
+    "f1_macro",
+    "matthews_correlation",
+    "probability",
+    "probability_macro",
+)
 METRICS: dict[Kind, tuple[Metric, ...]] = {
     "sequence_classification": _CLASSIFICATION,
     "sequence_regression": ("pearson", "spearman"),
@@ -213,6 +220,11 @@ class LoraSpec(Section):
     use_rslora: bool = False
     target_modules: tuple[str, ...] = Field(("query", "value"), min_length=1)
     """Names of linear layers, whole or their ends; or [all-linear], PEFT's name of all of them but the head's."""
+
+    def alpha_of(self, rank: int) -> float:
+        """The lora_alpha with which a layer of another rank has this one's scale."""
+        share = rank / self.r
+        return self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
 
 
 class MethodSpec(Section):

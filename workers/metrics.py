@@ -49,7 +49,8 @@ def classification(
 ) -> dict[str, Measure]:
     """`accuracy`, `f1_macro` (mean over all labels, one never seen or predicted counts 0), `matthews_correlation`, and
     `probability`, the mean probability of the right label: it moves long before an answer does, so that a hundred rows
-    tell two models apart that answer alike.
+    tell two models apart that answer alike. `probability_macro` is the mean of that over the labels that occur, so that
+    a rare label counts as much as a frequent one: always giving the most frequent one earns 1/C, as with a correlation.
 
     Args:
         expected, predicted: Indices below label_count, one per row.
@@ -67,6 +68,10 @@ def classification(
     # F1 of a label is the ratio of two means over rows, 2·[given and said] and [given] + [said].
     per_rate_C = np.divide(1.0, given_C + said_C, out=np.zeros(label_count), where=given_C + said_C > 0)
     influence = 2 * right * per_rate_C[given] - (f1_C * per_rate_C)[given] - (f1_C * per_rate_C)[said]
+    sure = np.asarray(of_right, dtype=np.float64)
+    sure_C = np.bincount(given, weights=sure / len(given), minlength=label_count)
+    sure_C = np.divide(sure_C, given_C, out=np.zeros(label_count), where=given_C > 0)
+    of_labels, even = np.count_nonzero(given_C), sure_C[given_C > 0].mean()
     # Matthews correlation is the correlation of two 0/1 vectors over the labels, here by their inner products.
     products = right - said_C[given] - given_C[said] + given_C @ said_C
     squares = (1 - 2 * rate_C[labels] + rate_C @ rate_C for labels, rate_C in ((given, given_C), (said, said_C)))
@@ -76,7 +81,8 @@ def classification(
         "accuracy": Measure(float(accuracy_score(given, said)), right),
         "f1_macro": Measure(float(f1_C.mean()), f1_C.mean() + influence / label_count),
         "matthews_correlation": Measure(float(matthews), _correlation_shares(products, *squares)),
-        "probability": Measure(float(np.mean(of_right)), np.asarray(of_right, dtype=np.float64)),
+        "probability": Measure(float(sure.mean()), sure),
+        "probability_macro": Measure(float(even), even + (sure - sure_C[given]) / given_C[given] / of_labels),
     }
 
 

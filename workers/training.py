@@ -16,6 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 from configs.errors import Corrupt, InvalidInput, NotFound, Unavailable
+from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.files import blobs
 from subspace_store.log.version import MAIN
@@ -196,6 +197,10 @@ class _Attempt:
         self.trained_numbers = 0
         self.seconds_before = 0.0
         """Time that earlier attempts spent on trainings of `auto` that this one took over."""
+        self._cut: Adapter | None = None
+        """What is left of a candidate, to be trained on."""
+        self._cut_in = 0
+        """Version in whose basis it lies; 0: it is a LoRA."""
         self.compared: tuple[str, ...] | None = None
         """As in `Trained`."""
         self.warnings: tuple[str, ...] = ()
@@ -276,65 +281,14 @@ class _Attempt:
         return said
 
     def _raced(self, rows: Sequence[Row]) -> tuple[Adapter, TrainingRun]:
-        """Train each candidate of `auto`, find the smallest that its score needs, and train that once more on all rows.
-        Each is a run of its own."""
-        spec, group = self._order.spec, self._group
+        """Train each candidate of `auto`, and keep the smallest form that the score needs."""
         rest, validation = set_aside(rows)
-        if why := not_compared(spec, validation):
+        if why := not_compared(self._order.spec, validation):
             self._say(why)
             self.warnings += (why,)
             self.compared = ()
             return self._adopt(alone := self._candidate("lora", self._report), alone._trained(rows))
-        finished: dict[str, tuple[_Attempt, Adapter, TrainingRun]] = {}
-        failed: InvalidInput | None = None
-        names, again = self._worth_a_race(), needs_all_rows(rest, validation)
-        runs = len(names) + again
-        for place, name in enumerate(names):
-            attempt = self._candidate(name, auto.among(self._report, name, place, runs))
-            try:
-                finished[name] = attempt, *(attempt._raced_before() or attempt._race(rest))
-            except InvalidInput as error:
-                if isinstance(error, OutOfMemory) and group.rank.size > 1:
-                    raise  # the other ranks wait for this one
-                self._say(f"auto: {name} cannot be trained: {error}")
-                failed = error
-                attempt._delete_checkpoints()
-        if failed is not None and not finished:
-            raise failed
-        kept: auto.Form | None = None
-        if group.rank.leads:
-            free_memory()
-            self._report(Progress(token=self._order.token, phase=Phase.SCORING))
-            judged, stop = auto.validation_spec(spec), stopper(self._asked)
-            kept, lines = auto.chosen(
-                {method: adapter for method, (_, adapter, _) in finished.items()},
-                lambda adapter: score_adapter(self._base, adapter, validation, judged, stop).per_row,
-                spec.method.loss_max,
-                lambda method, adapter: auto.numbers(adapter, finished[method][0].leased),
-                judged.metric,
-            )
-            for line in lines:
-                self._say(line)
-        name, share = group.agree([kept.method, kept.share] if kept else [])
-        attempt, adapter, run = finished[name]
-        began = min(run.first_step_at for _, _, run in finished.values())
-        steps = sum(run.steps for _, _, run in finished.values())
-        self.seconds_before = sum(before.seconds_before for before, _, _ in finished.values())
-        self.compared = tuple(finished)
-        if again:
-            self._say(f"auto: {name} is trained once more, on all {len(rows):,} rows")
-            report = auto.among(self._report, f"{name} on all rows", len(names), runs)
-            last = self._candidate(name, report, " all rows")
-            try:
-                adapter, run = last._trained(rows)
-                attempt, steps = last, steps + run.steps
-            except InvalidInput as error:
-                if isinstance(error, OutOfMemory) and group.rank.size > 1:
-                    raise
-                self.warnings += (f"auto kept what was trained without the validation rows; with them: {error}",)
-        run, kept_adapter = replace(run, first_step_at=began, steps=steps), auto.sized(adapter, share)
-        self._say(f"auto: {auto.numbers(kept_adapter, attempt.leased):,} numbers are kept")
-        return self._adopt(attempt, (kept_adapter, run))
+        return _Race(self, rows, rest, validation).won()
 
     def _worth_a_race(self) -> tuple[str, ...]:
         """The candidates of `auto`, without `share` as long as the basis is too small to train a task in."""
@@ -363,6 +317,15 @@ class _Attempt:
         candidate._run += rows
         return candidate
 
+    def _recovery(self, trained: _Attempt, cut: Adapter, report: Report, rows: str = "") -> _Attempt:
+        """A run that trains on what is left of a candidate: of one in a basis its coefficients there, as a refinement
+        does."""
+        count = sum(update.rank for update in cut.modules.values())
+        candidate = self._candidate(trained.method_name, report, f"{rows} cut to {count}")
+        candidate._order = replace(candidate._order, spec=auto.recovery(candidate._order.spec, cut))
+        candidate._cut, candidate._cut_in = cut, trained.version if trained.leased else 0
+        return candidate
+
     def _adopt(self, candidate: _Attempt, trained: tuple[Adapter, TrainingRun]) -> tuple[Adapter, TrainingRun]:
         self.method_name, self.version = candidate.method_name, candidate.version
         self.trained_numbers, self.leased = candidate.trained_numbers, candidate.leased
@@ -375,6 +338,7 @@ class _Attempt:
         facts = {
             "steps": run.steps,
             "train_loss": run.train_loss,
+            "resumed_from": run.resumed_from,
             "first_step_at": run.first_step_at,
             "version": self.version,
             "leased": self.leased,
@@ -492,6 +456,8 @@ class _Attempt:
             self.method_name, self.version = checkpoint.method, checkpoint.basis_version
         elif order.refine_version:
             self.method_name, self.version = "refine", order.refine_version
+        elif self._cut_in:
+            self.method_name, self.version = "refine", self._cut_in
         else:
             main: int = self._group.agree(self._store.resolve(MAIN))
             self.version = main if METHODS[self.method_name].needs_basis(order.spec) or self._starts_from_main else 0
@@ -506,8 +472,12 @@ class _Attempt:
             return self._given(self._checkpoint())
         self.leased = {name: one.ranks for name, one in basis.items()}
         served = self._store.adapter(order.task_id, self.version) if order.refine_version else None
+        if self._cut is not None:
+            served, start = (self._cut, None) if self._cut_in else (None, self._cut)
         basis_of = f", in the basis of version {self.version}" if is_leased else ""
         start_of = f", from what version {self.version} serves of {order.revises}" if start else ""
+        if self._cut is not None:
+            start_of = ", from what is left after a cut"
         self._say(f"task {order.task_id}: method {self.method_name}{basis_of}{start_of}")
         if checkpoint is not None:
             self._say(f"goes on from step {checkpoint.step}, where an earlier attempt left a checkpoint")
@@ -520,7 +490,7 @@ class _Attempt:
             return self._store.basis_of(self._order.task_id, self.version)
         if self._starts_from_main and self.method_name == "share":  # where it lies, to the last number
             return self._store.basis_of(self._order.revises, self.version)
-        if self.method_name == "share" and share.stays_inside(self._order.spec):
+        if self.method_name in ("share", "refine") and share.stays_inside(self._order.spec):
             return self._store.training_basis(self.version)
         return self._store.basis(self.version)
 
@@ -531,6 +501,137 @@ class _Attempt:
 
     def _say(self, line: str) -> None:
         self._report(Progress(token=self._order.token, phase=Phase.LOADING, log_lines=(line,)))
+
+
+class _Race:
+    """The trainings of `auto` at one order, each a run of its own, and the choice between them.
+
+    Every rank runs it; rank 0 scores, and the others hear of it, so that all choose alike.
+    """
+
+    def __init__(self, attempt: _Attempt, rows: Sequence[Row], rest: Sequence[Row], validation: Sequence[Row]) -> None:
+        self._attempt, self._rows, self._rest, self._validation = attempt, rows, rest, validation
+        self._spec, self._group = attempt._order.spec, attempt._group
+        self._names = attempt._worth_a_race()
+        self._tries_left = auto.TRIES * auto.RECOVERY * len({*self._names} & {*auto.RECOVERED})
+        """Size of the recoveries that may follow, in units of the task's own training."""
+        self._at_last = float(needs_all_rows(rest, validation))
+        """Size of the training on all rows, at most; 0: there is none."""
+        self._runs: list[tuple[_Attempt, TrainingRun]] = []
+
+    def won(self) -> tuple[Adapter, TrainingRun]:
+        """Train the candidates and what is left of the LoRA after cuts, without the validation rows; then the form that
+        is kept once more, on all rows."""
+        attempt, spec, finished = self._attempt, self._spec, self._candidates()
+        judged = auto.validation_spec(spec)
+        kept, lines = auto.chosen(
+            {method: adapter for method, (_, adapter) in finished.items()},
+            partial(self._score, judged),
+            spec.method.loss_max,
+            lambda method, adapter: auto.numbers(adapter, finished[method][0].leased),
+            judged.metric,
+            lambda method, cut: self._trained_on(finished[method][0], cut),
+        )
+        for line in lines:
+            attempt._say(line)
+        winner, adapter = finished[kept.method][0], kept.adapter
+        if self._at_last:
+            again = (
+                "what is left of the lora is trained on" if kept.directions else f"{kept.method} is trained once more"
+            )
+            attempt._say(f"auto: {again}, on all {len(self._rows):,} rows")
+            try:
+                winner, adapter = self._on_all_rows(kept, *finished[kept.method])
+            except InvalidInput as error:
+                self._raise_in_a_gang(error)
+                what = f"auto kept what was trained without the validation rows; with them: {error}"
+                attempt.warnings += (what,)
+        attempt._say(f"auto: {auto.numbers(adapter, winner.leased):,} numbers are kept")
+        attempt.compared = tuple(finished)
+        attempt.seconds_before = sum(before.seconds_before for before, _ in self._runs)
+        began = min(run.first_step_at for _, run in self._runs)
+        run = replace(self._runs[-1][1], first_step_at=began, steps=sum(run.steps for _, run in self._runs))
+        return attempt._adopt(winner, (auto.sized(adapter, 1.0), run))
+
+    def _candidates(self) -> dict[str, tuple[_Attempt, Adapter]]:
+        """Method to what it made of the rows without the validation rows."""
+        finished: dict[str, tuple[_Attempt, Adapter]] = {}
+        failed: InvalidInput | None = None
+        for place, name in enumerate(self._names):
+            after = len(self._names) - 1 - place + self._tries_left + self._at_last
+            candidate = self._attempt._candidate(name, self._among(name, 1.0, after))
+            try:
+                finished[name] = candidate, self._run(candidate, self._rest)
+            except InvalidInput as error:
+                self._raise_in_a_gang(error)
+                self._attempt._say(f"auto: {name} cannot be trained: {error}")
+                failed = error
+                candidate._delete_checkpoints()
+        if failed is not None and not finished:
+            raise failed
+        return finished
+
+    def _score(self, judged: TaskSpec, adapter: Adapter) -> Sequence[float]:
+        """Each validation row's share in an adapter's score."""
+        found: list[float] = []
+        if self._group.rank.leads:
+            free_memory()
+            self._attempt._report(Progress(token=self._attempt._order.token, phase=Phase.SCORING))
+            stop = stopper(self._attempt._asked)
+            score = score_adapter(self._attempt._base, adapter, self._validation, judged, stop)
+            found = [float(share) for share in score.per_row]
+        shares: list[float] = self._group.agree(found)
+        return shares
+
+    def _trained_on(self, trained: _Attempt, cut: Adapter) -> Adapter | None:
+        """What is left of a candidate, after its recovery; None where that failed, or it lies in no basis."""
+        self._tries_left -= auto.RECOVERY
+        if trained.method_name != "lora" and not trained.leased:
+            return None
+        after = self._tries_left + self._at_last
+        name = f"{trained.method_name} cut to {sum(update.rank for update in cut.modules.values())}"
+        recovery = self._attempt._recovery(trained, cut, self._among(name, auto.RECOVERY, after))
+        try:
+            return self._run(recovery, self._rest)
+        except InvalidInput as error:
+            self._raise_in_a_gang(error)
+            self._attempt._say(f"auto: what is left after a cut cannot be trained on: {error}")
+            recovery._delete_checkpoints()
+            return None
+
+    def _on_all_rows(self, kept: auto.Form, trained: _Attempt, whole: Adapter) -> tuple[_Attempt, Adapter]:
+        """The form that is kept, made once more: by the method's own training, or by training on what a cut has left of
+        the candidate.
+
+        Args:
+            trained, whole: The candidate that the form was made of.
+
+        Returns:
+            What tells of the training, and the adapter.
+        """
+        name = f"{kept.method} on all rows"
+        if kept.directions:
+            report = self._among(name, auto.RECOVERY, 0.0)
+            cut = auto.leading(whole, kept.directions)
+            recovery = self._attempt._recovery(trained, cut, report, " all rows")
+            return trained, self._run(recovery, self._rows)
+        again = self._attempt._candidate(kept.method, self._among(name, 1.0, 0.0), " all rows")
+        return again, auto.cut(self._run(again, self._rows), kept.share)
+
+    def _run(self, attempt: _Attempt, rows: Sequence[Row]) -> Adapter:
+        adapter, run = attempt._raced_before() or attempt._race(rows)
+        self._runs.append((attempt, run))
+        # What was cut and trained on is of the LoRA that was asked for, and refined nothing that was merged.
+        info = {name: fact for name, fact in adapter.info.items() if name != "refined_in"}
+        return replace(adapter, info=info | {"lora": self._spec.lora.model_dump_json()})
+
+    def _among(self, name: str, size: float, after: float) -> Report:
+        return auto.among(self._attempt._report, name, sum(run.steps for _, run in self._runs), size, after)
+
+    def _raise_in_a_gang(self, error: InvalidInput) -> None:
+        """Memory that ran out on one rank: the others wait for it, and the gang is begun anew."""
+        if isinstance(error, OutOfMemory) and self._group.rank.size > 1:
+            raise error
 
 
 class _Saver:

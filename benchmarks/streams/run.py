@@ -7,6 +7,7 @@
     --general-text FILE    text by which it is measured what a language model loses by its tasks
     --adapters FOLDER      the adapters of `hundred`, see benchmarks/streams/hundred.py
     --steps N              optimisation steps of each training; default: see the same file
+    --test-rows N          most test rows of each task
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
     --all-versions         score every task under every version, not only under its first and the last
     --results FOLDER       one file for each stream, and summary.json; default: benchmarks/results/streams
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 def measure(asked: argparse.Namespace, order: str, seed: int) -> None:
     """All rows of one stream with one seed."""
     of = base_of(order)
-    length = LENGTHS[of] if asked.steps is None else replace(LENGTHS[of], steps=asked.steps)
+    asked_for = {"steps": asked.steps, "test_rows": asked.test_rows}
+    length = replace(LENGTHS[of], **{name: count for name, count in asked_for.items() if count is not None})
     grid = stream(asked.data, "grid", GRIDS[of], 0, length)
     text = "" if asked.general_text is None else beginning_of(asked.general_text)
     shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say, text)
@@ -113,6 +115,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--test-rows", type=int)
     parser.add_argument("--all-versions", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/streams")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")

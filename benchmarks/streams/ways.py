@@ -24,7 +24,7 @@ from subspace_store import Adapter, ModuleUpdate, SubspaceStore, adapter_to_byte
 from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
 from tests.subspace_store.builders import fresh_storage, merged
-from workers.methods import Given
+from workers.methods import NOTHING, Given
 from workers.methods.factors import lora_layers
 from workers.rows.task_data import Row
 
@@ -253,18 +253,20 @@ def _raced(shop: Workshop, case: Case, store: SubspaceStore) -> Made:
     """What `auto` makes of a task; trainings that are there already count as long as they took."""
     started, waited, trained, numbers = time.perf_counter(), 0.0, 0.0, {}
 
-    def train(method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
+    def train(case: Case, method: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
         nonlocal waited, trained
         before = time.perf_counter()
-        made = shop.train(case, method, rows, method=method, of=name_of(given) if given.version else "", given=given)
+        of = "" if given is NOTHING else name_of(given)
+        made = shop.train(case, method, rows, method=method, of=of, given=given)
         waited += time.perf_counter() - before
         trained += made.seconds
-        numbers[method] = made.numbers
+        numbers.setdefault(method, made.numbers)
         return made.adapter
 
     found = race(shop.base, case, store, train)
     seconds = trained + time.perf_counter() - started - waited
-    note = f"{found.form.method} at {found.form.share:g} of {' and '.join(found.compared)}"
+    kept = f"cut to {found.form.directions} and trained on" if found.form.directions else f"at {found.form.share:g}"
+    note = f"{found.form.method} {kept} of {' and '.join(found.compared)}"
     return Made(found.adapter, numbers[found.form.method], seconds, note)
 
 

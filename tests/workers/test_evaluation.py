@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from configs.errors import InvalidInput
-from configs.task_spec import TaskSpec
+from configs.task_spec import METRICS, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
@@ -83,7 +83,7 @@ def test_answers_come_back_in_the_order_of_the_rows_though_batches_go_by_length(
     assert (score.value, score.count) == (0.75, 4)
     # F1 of a: 2·1/(2+1); of b: 2·1/(1+2); of c: 1
     assert score.metrics["f1_macro"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert sorted(score.metrics) == ["accuracy", "f1_macro", "matthews_correlation", "probability"]
+    assert sorted(score.metrics) == sorted(METRICS["sequence_classification"])
     assert model.batches == [(2, 3), (2, 7)]  # two short rows padded to 3 tokens, two long ones to 7
     # Softmax of the outputs 1, 0, 0: what the right label gets, row by row; the third row's is not the answer.
     answer, other = math.e / (math.e + 2), 1 / (math.e + 2)

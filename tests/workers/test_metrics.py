@@ -18,6 +18,8 @@ Draw = np.random.Generator
 def test_the_classification_scores_are_what_the_hand_computes() -> None:
     two, three = (classification([0, 0, 1, 1], [0, 1, 1, 1], [0.5, 0.1, 0.7, 0.9], count) for count in (2, 3))
     assert two["probability"].value == pytest.approx((0.5 + 0.1 + 0.7 + 0.9) / 4)
+    uneven = classification([0, 1, 1, 1], [1, 1, 1, 1], [0.1, 0.6, 0.8, 0.7], 3)["probability_macro"]
+    assert uneven.value == pytest.approx((0.1 + (0.6 + 0.8 + 0.7) / 3) / 2)  # a label without rows has no part in it
     assert two["accuracy"].value == 0.75
     # F1 of 0: precision 1, recall 1/2: 2/3; of 1: precision 2/3, recall 1: 4/5; a third label without rows: 0.
     assert two["f1_macro"].value == pytest.approx((2 / 3 + 4 / 5) / 2)

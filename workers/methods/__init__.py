@@ -29,8 +29,8 @@ class Given:
     adapter: Adapter | None = None
     """For a refinement: the task's adapter as that version serves it."""
     start: Adapter | None = None
-    """For a revision: the revision before it as `main` serves it, with a head for this one's labels; None: training
-    starts from the base model."""
+    """For a revision: the revision before it as `main` serves it, with a head for this one's labels. For a LoRA that is
+    trained on after `auto` has cut it: what is left of it. None: training starts from the base model."""
 
 
 NOTHING = Given()

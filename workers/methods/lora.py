@@ -91,6 +91,8 @@ def model_with_lora(
         modules_to_save=[*trained, *sorted(others)],
         fan_in_fan_out=_stored_transposed(base, adapted),
         rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        # One scale for all layers, so that a learning rate moves each update as far.
+        alpha_pattern={re.escape(name): spec.lora.alpha_of(rank) for name, rank in ranks.items()},
     )
     return with_lora(model, config)
 
