@@ -2,6 +2,7 @@
 
     make bench-serving                 three minutes: what a batch costs
     make bench-serving BENCH=http      two minutes: a real service that answers over HTTP (serving_service.py)
+    make bench-serving BENCH=replicas  fifteen minutes: replicas come and go, on two Ray nodes (serving_replicas.py)
     make bench-serving BENCH=scoring   two minutes: many small tasks scored together, and one after another
     make bench-serving BENCH="routing FOLDER"   ten minutes: which task a text is for (routing.py)
 
@@ -71,6 +72,10 @@ def main() -> None:
         from benchmarks import serving_service
 
         return told(serving_service.measure())
+    if sys.argv[1:] == ["replicas"]:
+        from benchmarks import serving_replicas
+
+        return told(serving_replicas.measure())
     if sys.argv[1:2] == ["routing"] and len(sys.argv) == 3:
         from benchmarks import routing
 
@@ -154,7 +159,7 @@ def figures(known: Mapping[str, Any]) -> list[str]:
             f"{known['largest_difference']:9.1e}  largest difference of a probability to the exported adapters"
         )
         alone = f"a LoRA of rank 8: {known['bytes_per_lora_r8']:,}"
-        lines.append(f"{known['bytes_per_task']:9,.0f}  bytes of a task in memory, its head among them ({alone})")
+        lines.append(f"{known['bytes_per_task']:9,.0f}  bytes of a task in its file, its head among them ({alone})")
     for clients, took in known.get("http", {}).items():
         lines.append(
             f"{took['p50_ms']:9.0f}  ms, median answer over HTTP, {clients}; 99th of 100: {took['p99_ms']:.0f}"
@@ -162,6 +167,9 @@ def figures(known: Mapping[str, Any]) -> list[str]:
     if (seconds := known.get("publish_to_served_seconds")) is not None:
         most = known["publish_to_served_seconds_most"]
         lines.append(f"{seconds:9.2f}  s, median from where main moved until a reply names it; most: {most:.2f}")
+    if replicas := known.get("replicas"):
+        lines.append(f"{replicas['second_replica_seconds']:9.0f}  s of load until a second replica answers")
+        lines.append(f"{replicas['node_lost']['longest_gap_seconds']:9.1f}  s without a reply when a node is lost")
     if scoring := known.get("scoring"):
         faster = ", ".join(f"{scoring[f'{count}_rows']['times_faster']:.1f}" for count in SCORED_ROWS)
         lines.append(f"{faster:>9}  times faster scored together than alone, tasks of {SCORED_ROWS} rows")
@@ -245,7 +253,7 @@ def measured(
         "largest_difference": largest_difference(base, spec, store, version, ours, rows[:8]),
         "throughput_over_one_lora": throughput,
         "rows_per_second_of_one_lora": ROWS / medians["one LoRA"],
-        "bytes_per_task": ours.bytes_of_tasks / TASKS,
+        "bytes_per_task": ours.bytes_in_file / TASKS,
         "bytes_per_lora_r8": 4
         * 8
         * sum(sum(shape) for n, shape in base.module_shapes().items() if n.endswith(TARGETS)),

@@ -1,4 +1,4 @@
-"""How busy this machine is: the figures that MLflow calls system metrics, under its names.
+"""How busy this machine is: the figures that MLflow calls system metrics, under its names. And that its memory ran out.
 
 MLflow's own monitor logs from the process that has the run; ours are written by the control plane, which need not be
 on this machine. So a worker measures, and its figures travel with the points of its loss curve.
@@ -10,6 +10,9 @@ import psutil
 import torch
 
 MEGABYTE = 1e6
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""Words of torch's errors, which have no class of their own everywhere: a GPU's (also through NCCL), a CPU's, and a
+GPU's with no room left for cuBLAS or cuDNN."""
 
 
 def machine_figures() -> dict[str, float]:
@@ -28,3 +31,10 @@ def machine_figures() -> dict[str, float]:
             f"gpu_{device}_memory_usage_percentage": 100 * (total - free) / total,
         }
     return figures
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether something failed because it needed more memory than there is."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)

@@ -31,7 +31,7 @@ from workers.batches import Batches, Schedule, schedule
 from workers.checkpoint import Checkpoint, in_steps_of
 from workers.deepspeed_engine import check_config, let_go, part, release
 from workers.features import collator
-from workers.machine import machine_figures
+from workers.machine import machine_figures, ran_out_of_memory
 from workers.orders import Phase, Point, Progress
 from workers.rank_group import NOBODY_ELSE, RankGroup
 from workers.rows.task_data import Row, label_of
@@ -50,10 +50,6 @@ Report = Callable[[Progress], None]
 Asked = Literal["", "cancel", "preempt"]
 ASKED: tuple[Asked, ...] = ("", "preempt", "cancel")
 """In order of precedence, the highest last: a gang does what any of its ranks was asked."""
-
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-"""Words of torch's errors: a GPU's (also through NCCL), a CPU's, and a GPU's with no room left for cuBLAS or cuDNN."""
 
 
 class Cancelled(Exception):
@@ -227,7 +223,7 @@ def _run(trainer: Any, plan: Schedule) -> None:
     try:
         trainer.train()
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not ran_out_of_memory(error):
             raise
         raise _out_of_memory(error, plan) from error
     finally:

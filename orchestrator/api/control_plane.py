@@ -326,14 +326,8 @@ class Leading:
         self._tracer.start()
         threading.Thread(target=self._checker.start, name="checker", daemon=True).start()
         if settings.serving is not None:
-            threading.Thread(target=self._serve, args=(settings,), name="serving", daemon=True).start()
-
-    def _serve(self, settings: Settings) -> None:
-        """Have running what answers, beside all else: it waits for its base models to be loaded."""
-        try:
-            self._deployment.follow(settings)
-        except OnebasisError as error:
-            log.error("%s", error.sentence)  # `status` shows it
+            now = (lambda: self.service.settings, self._stop)
+            threading.Thread(target=self._deployment.begin, args=now, name="serving", daemon=True).start()
 
     def end(self, hands_over: bool = False) -> None:
         """Stop the loop. hands_over: Another control plane goes on with what runs, else it writes checkpoints."""

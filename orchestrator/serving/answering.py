@@ -80,6 +80,8 @@ class Answering:
         """Asked by Ray Serve, which replaces a replica that is not well."""
         if not self._following.is_alive():
             raise RuntimeError("it no longer follows main")
+        if self._batcher.broken is not None:
+            raise RuntimeError(f"it answers nothing more: {self._batcher.broken}")
 
     def _follow(self) -> None:
         wait = threading.Event()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from workers.serving.canary import summed
 
 log = logging.getLogger("onebasis.serving")
 
+AGAIN_SECONDS = 15.0
+"""Wait until it is tried again to start what could not be started with the service."""
 READY_SECONDS = 120.0
 """Longest wait for the replicas to have loaded their base models."""
 ASK_SECONDS = 5.0
@@ -39,6 +41,20 @@ class Deployment:
     def __init__(self, namespace: str, token: str, url: str) -> None:
         self._app, self._token, self._url = namespace, token, url
         self._changing = threading.Lock()
+        self._trouble = ""
+        """Why it could not be started when it was tried last."""
+
+    def begin(self, settings: Callable[[], Settings], stop: threading.Event) -> None:
+        """`follow` what the settings say by then, once it can be done: on a crowded machine Ray Serve may not start in
+        time, and nobody else would try again."""
+        while True:
+            try:
+                self.follow(settings())
+                return
+            except OnebasisError as error:
+                log.error("%s", error.sentence)  # `status` shows it
+            if stop.wait(AGAIN_SECONDS):
+                return
 
     def follow(self, settings: Settings) -> None:
         """Have running what the settings say, and wait until it answers; nothing where they say nothing.
@@ -48,10 +64,15 @@ class Deployment:
             Unavailable: The replicas are not ready in time, or cannot be; what is wrong.
         """
         with self._changing:
-            if settings.serving is None:
-                self._end()
-            else:
-                self._start(settings, settings.serving)
+            self._trouble = ""
+            try:
+                if settings.serving is None:
+                    self._end()
+                else:
+                    self._start(settings, settings.serving)
+            except OnebasisError as error:
+                self._trouble = error.sentence
+                raise
 
     def check(self, settings: Settings) -> None:
         """Raise what would keep it from answering there, as far as that is known before anything is changed.
@@ -83,7 +104,7 @@ class Deployment:
             return {}
         found: dict[str, Any] = {"url": settings.serving.url, "base_models": {}}
         if (status := self._known().get(self._app)) is None:
-            return found | {"state": "down", "message": "it does not run"}
+            return found | {"state": "down", "message": self._trouble or "it does not run"}
         for name in settings.base_names:
             try:
                 handle = serve.get_deployment_handle(_named(name), self._app)
@@ -99,6 +120,7 @@ class Deployment:
 
     def _start(self, settings: Settings, serving: ServingSettings) -> None:
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.config import HTTPOptions
 
         self.check(settings)
@@ -109,6 +131,9 @@ class Deployment:
             serve.start(http_options=options, proxy_location=serving.proxies)
         except (RuntimeError, OSError) as error:
             raise Unavailable(f"Ray Serve cannot listen there: {error}", serving.url, CHOOSE) from error
+        except RayError as error:
+            what = f"Ray Serve could not be started: {type(error).__name__}"
+            raise Unavailable(what, serving.url, "it is tried again; `onebasis status` says how it goes on") from error
         failed: list[Exception] = []
 
         def run() -> None:

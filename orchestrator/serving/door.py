@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from anyio import to_thread
 from fastapi import Request
@@ -44,6 +45,7 @@ INPUTS_MAX = 1024
 """Most rows of one request."""
 KEY_HEADER = "x-onebasis-key"
 """Header with the key of a request: requests with the same one are answered by the same version."""
+ONE_MODEL = "/v1/models/"
 OPENAI = ("/v1/chat/", "/v1/completions", "/v1/models")
 """Beginnings of the paths whose errors are told as OpenAI's clients read them."""
 
@@ -144,6 +146,8 @@ class Door:
         """Answer one HTTP request, or say in the caller's own format why not."""
         path, is_openai = request.url.path, request.url.path.startswith(OPENAI)
         route = self._routes.get((request.method, path))
+        if route is None and request.method == "GET" and path.startswith(ONE_MODEL):
+            route = self._model
         try:
             if route is None:
                 known = ", ".join(f"{verb} {at}" for verb, at in self._routes)
@@ -170,15 +174,25 @@ class Door:
         return JSONResponse({"alive": True, "door": self._name})
 
     async def _models(self, request: Request, teams: Teams) -> Response:
+        return JSONResponse({"object": "list", "data": self._listed(teams)})
+
+    async def _model(self, request: Request, teams: Teams) -> Response:
+        name = unquote(request.url.path.removeprefix(ONE_MODEL))  # clients write a slash as %2F
+        for model in self._listed(teams):
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise NotFound("main holds no such task", name, "GET /v1/models lists them")
+
+    def _listed(self, teams: Teams) -> list[dict[str, Any]]:
+        """The tasks of `main` that somebody may ask, as OpenAI's clients read them."""
         mains = {base_model: self._main(base_model) for base_model in self._stores}
-        listed = [
+        return [
             {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
             | {"base_model": base_model, "version": version}
             for base_model, version in mains.items()
             for name in self._held[base_model].at(version)
             if _sees(teams, name)
         ]
-        return JSONResponse({"object": "list", "data": listed})
 
     def _main(self, base_model: str) -> int:
         return self._stores[base_model].state.refs[MAIN]

@@ -151,6 +151,11 @@ def usage(answers: list[Answer]) -> dict[str, int]:
     return {"prompt_tokens": read_, "completion_tokens": wrote, "total_tokens": read_ + wrote}
 
 
+def _warned(answer: Answer) -> dict[str, str]:
+    """What of the prompt was not read: a field of ours, which OpenAI's clients hand on."""
+    return {"warning": answer.warning} if answer.warning else {}
+
+
 class Reply:
     """The frame of one reply.
 
@@ -168,6 +173,7 @@ class Reply:
         choices: list[dict[str, Any]] = [
             {"index": index, "finish_reason": answer.ended or "stop", "logprobs": None}
             | ({"message": {"role": "assistant", "content": answer.text}} if self._is_chat else {"text": answer.text})
+            | _warned(answer)
             for index, answer in enumerate(answers)
         ]
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -181,7 +187,9 @@ class Reply:
 
     def last(self, answer: Answer) -> dict[str, Any]:
         """The end of a stream: why it ends."""
-        return self._chunk({}, "", answer.ended or "stop", answer.version)
+        chunk = self._chunk({}, "", answer.ended or "stop", answer.version)
+        chunk["choices"][0] |= _warned(answer)
+        return chunk
 
     def used(self, answer: Answer) -> dict[str, Any]:
         """After the end, where it was asked for: the number of tokens."""

@@ -187,6 +187,9 @@ def test_what_is_asked_over_http_names_its_version(served: Served) -> None:
 def test_openais_own_client(served: Served) -> None:
     client = served.client()
     assert sorted(model.id for model in client.models.list()) == sorted((INTENTS, PROMPTS, CHATS))
+    assert client.models.retrieve(CHATS).owned_by == "talk"
+    with pytest.raises(openai.NotFoundError, match="main holds no such task"):
+        client.models.retrieve("talk/nothing")
     base, store = served.base(), served.reader()
 
     def alone(title: str, row: CompletionRow) -> str:

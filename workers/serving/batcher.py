@@ -7,16 +7,22 @@ neighbour's long text to be written.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from configs.errors import OnebasisError
+import torch
+
+from configs.errors import OnebasisError, Unavailable
+from workers.machine import ran_out_of_memory
 from workers.serving.canary import Chosen
 from workers.serving.question import Answer, Question
 from workers.serving.replica import Replica
+
+log = logging.getLogger("onebasis.serving")
 
 Said = Answer | OnebasisError
 
@@ -27,18 +33,23 @@ class _Asked:
 
     questions: Sequence[Question]
     answers: asyncio.Future[Sequence[Said]]
-    found: dict[int, Said | Exception] = field(default_factory=dict)
+    found: dict[int, Said] = field(default_factory=dict)
     """What became of its rows so far, by their places."""
 
     def end(self) -> None:
         """Tell whoever waits. In the event loop's thread."""
-        if self.answers.done():  # nobody waits any more
-            return
-        said = [self.found[place] for place in range(len(self.questions))]
-        if failed := [one for one in said if not isinstance(one, Answer | OnebasisError)]:
-            self.answers.set_exception(failed[0])
-        else:
-            self.answers.set_result([one for one in said if isinstance(one, Answer | OnebasisError)])
+        if not self.answers.done():  # else nobody waits any more
+            self.answers.set_result([self.found[place] for place in range(len(self.questions))])
+
+
+def told(error: Exception, task: str) -> OnebasisError:
+    """What goes wrong with a row, as whoever asked is told it."""
+    if isinstance(error, OnebasisError):
+        return error
+    if ran_out_of_memory(error):
+        return Unavailable("there is not enough memory for it", task, "ask again, or for less")
+    log.error("a row could not be answered", exc_info=error)
+    return OnebasisError(f"internal error: {type(error).__name__}", task, "the log of the replica has the rest")
 
 
 class Batcher:
@@ -58,6 +69,8 @@ class Batcher:
         self._comparing: set[asyncio.Task[None]] = set()
         self.batches = self.rows = 0
         """Batches and rows so far."""
+        self.broken: Exception | None = None
+        """What ended its work for good: nothing answers any more but another process."""
 
     async def answer(self, questions: Sequence[Question]) -> Sequence[Said]:
         """Answers in the order of the questions, all that name no version by the same one. When nobody waits for them
@@ -138,15 +151,21 @@ class Batcher:
                 batch.append(self._waiting.popleft())
                 rows += len(batch[-1].questions)
             self.batches, self.rows = self.batches + bool(batch), self.rows + rows
-            is_writing = await loop.run_in_executor(self._thread, self._turn, loop, batch)
+            try:
+                is_writing = await loop.run_in_executor(self._thread, self._turn, loop, batch)
+            except Exception as error:  # of our own: whoever waits would wait for ever
+                self.broken = error
+                raise
 
     def _turn(self, loop: asyncio.AbstractEventLoop, batch: Sequence[_Asked]) -> bool:
         """Begin these requests, and write a token of all texts; returns whether any is still to be written."""
         rows = [(asked, place) for asked in batch for place in range(len(asked.questions))]
 
-        def done(index: int, said: Said | Exception) -> None:
+        def done(index: int, said: Answer | Exception) -> None:
             asked, place = rows[index]
-            asked.found[place] = said
+            if isinstance(said, torch.AcceleratorError):  # of a device that computes nothing more in this process
+                self.broken = said
+            asked.found[place] = said if isinstance(said, Answer) else told(said, asked.questions[place].task)
             if len(asked.found) == len(asked.questions):
                 loop.call_soon_threadsafe(asked.end)
 

@@ -10,11 +10,12 @@ Axes: S rows of a batch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -34,14 +35,21 @@ from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Batch, Directions, MixedLayers, TaskFactors
 from workers.serving.question import GREEDY, Answer, Wanted, Writing, always
 from workers.serving.running_batch import RunningBatch
+from workers.serving.task_file import TaskFile
 from workers.serving.writing import Pen
 from workers.tokens import measured_prompt, text_lengths, tokenize
 from workers.truncation import losses, unknown_characters
 
+log = logging.getLogger("onebasis.serving")
+
 Said = Answer | Exception
 """What becomes of a row."""
-TASKS_BYTES = 2**30
-"""Bytes of coefficients, private parts and heads that are kept in memory; the tasks that were asked for last stay."""
+TASKS_BYTES = 2**28
+"""Bytes of tasks that are held in memory for each version; those that were asked for last stay. All that were ever
+asked for are in a file that is mapped: on a CPU their coefficients, private parts and heads count nothing."""
+PARTS = tuple(field.name for field in fields(TaskFactors))
+TENSOR_BYTES, TASK_BYTES = 2**10, 2**13
+"""Bytes of a tensor in Python, wherever its numbers lie, and of a task's description: measured."""
 MODELS_APART = 4
 """Models kept for tasks that cannot be mixed."""
 
@@ -77,10 +85,37 @@ class _Loaded:
     """Parameters after the backbone, by their names; none of a language model."""
     is_apart: bool
     """Whether it cannot be mixed with others."""
+    is_mapped: bool = False
+    """Whether its tensors lie in a file."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by names of their own."""
+        parts = {f"{name}/{part}": getattr(one, part) for name, one in self.factors.items() for part in PARTS}
+        return parts | {f"/{name}": tensor for name, tensor in self.head.items()}
 
     @cached_property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.factors.values()) + sum(tensor.nbytes for tensor in self.head.values())
+        """In memory."""
+        sizes = (0 if self.is_mapped else tensor.nbytes for tensor in self.tensors.values())
+        count = sum(tensor.numel() > 0 for tensor in self.tensors.values())  # empty ones are the same for all tasks
+        return TASK_BYTES + TENSOR_BYTES * count + sum(sizes)
+
+    @staticmethod
+    def of(spec: TaskSpec, is_apart: bool, tensors: Mapping[str, Tensor], device: torch.device) -> _Loaded:
+        """A task whose tensors, as `tensors` names them, are in a mapped file."""
+        head, modules = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition("/")
+            tensor = tensor.to(device) if tensor.numel() else _empty(tensor.shape, tensor.dtype, device)
+            (modules.setdefault(module, {}) if module else head)[part] = tensor
+        factors = {module: TaskFactors(**parts) for module, parts in modules.items()}
+        return _Loaded(spec, factors, head, is_apart, device.type == "cpu")
+
+
+@lru_cache(maxsize=2**10)
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class MixedBatch:
@@ -91,7 +126,7 @@ class MixedBatch:
         store: Reader of the base model's subspace.
         version: The version that answers.
         spec_of: What a task's rows are read by, from its head and facts and its title; default: what its adapter says.
-        between_batches: Called before every batch, and before every token that is written; may raise to stop.
+        between_batches: Called before every batch, and before every token that is written; may raise to stop all.
         rows_max: Rows whose texts are written at once.
     """
 
@@ -111,6 +146,8 @@ class MixedBatch:
         self._bases: dict[str, ModuleBasis] = store.basis(version)
         self._models: dict[Any, _SharedModel] = {}
         self._tasks: OrderedDict[str, _Loaded] = OrderedDict()
+        self._bytes = 0
+        self._file = TaskFile()
         self._fetched: dict[str, TaskParts] = {}
         self._apart: OrderedDict[str, Any] = OrderedDict()
         self._running: dict[str, RunningBatch] = {}
@@ -118,8 +155,13 @@ class MixedBatch:
 
     @property
     def bytes_of_tasks(self) -> int:
-        """Bytes of the tasks that are in memory, the bases not counted."""
-        return sum(task.bytes for task in self._tasks.values())
+        """Bytes of the tasks that are in memory, the bases and what is mapped not counted."""
+        return self._bytes
+
+    @property
+    def bytes_in_file(self) -> int:
+        """Bytes of all tasks that were ever asked for, in the file that is mapped."""
+        return self._file.bytes
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -164,16 +206,18 @@ class MixedBatch:
         return found
 
     def outputs(self, asked: Sequence[Asked]) -> list[Tensor]:
-        """Each row's outputs, of tasks that share batches and write no texts. Raises as `answer`."""
+        """Each row's outputs, of tasks that share batches and write no texts. Raises what is wrong with a row."""
         loaded = {one.task_id: self._task(one.task_id) for one in asked}
         tasks = [loaded[one.task_id] for one in asked]
-        found, _ = self._outputs(self._model(tasks[0].spec), asked, tasks)
+        found = self._outputs(self._model(tasks[0].spec), asked, tasks)
         self._forget()
-        return found
+        for output in found:
+            if isinstance(output, Exception):
+                raise output
+        return [output[0] for output in found if not isinstance(output, Exception)]
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Answers in the order of the rows, once all are there. Raises and costs as `begin`; or raises what became of
-        a row while it was written."""
+        """Answers in the order of the rows, once all are there. Costs as `begin`, and raises what became of a row."""
         found: dict[int, Said] = {}
         self.begin(asked, found.__setitem__)
         while self.is_writing:
@@ -190,38 +234,49 @@ class MixedBatch:
         texts are written by `step`, each row beside those that are written already.
 
         Args:
-            done: Called once with the place of each row, and its answer or what became of it while it was written.
+            done: Called once with the place of each row, and its answer or why there is none, which costs no other row:
+                NotFound, the version does not hold its task; InvalidInput, the task's head is not whole, the row is not
+                of its kind, a prompt has no room, or the model's output for it is no number; or what a pass of the
+                model raised for this row alone.
 
         Raises:
-            NotFound: The version does not hold a task.
-            InvalidInput: A task's head is not whole, a row is not of its kind, a prompt has no room, or the model's
-                output for a row is no number. Then no row is answered.
+            Exception: What `between_batches` raises.
 
         Cost:
             A pass of the base model, thin products beside each adapted layer, and for each task its head. A task that
-            is not in memory is read: a file or two, and 30 ms.
+            is not in memory is read: a file or two, and 30 ms. Rows whose pass fails go through it again in halves.
         """
-        loaded = {one.task_id: self._task(one.task_id) for one in asked}
-        groups: dict[tuple[Any, str], list[int]] = {}
+        found: dict[int, Said] = {}
+        groups: dict[tuple[Any, str], list[tuple[int, _Loaded]]] = {}
+        loaded: dict[str, _Loaded | Exception] = {}
         for place, one in enumerate(asked):
-            task = loaded[one.task_id]
-            _check(one, task.spec)
-            groups.setdefault((AUTO_CLASSES[task.spec.kind], one.task_id if task.is_apart else ""), []).append(place)
-        answers: dict[int, Answer] = {}
-        pens: dict[str, list[Pen]] = {}
-        for (_, alone), places in groups.items():
+            try:
+                if one.task_id not in loaded:
+                    loaded[one.task_id] = self._task(one.task_id)
+            except Exception as error:
+                loaded[one.task_id] = error
+            if isinstance(task := loaded[one.task_id], Exception):
+                found[place] = task
+            elif wrong := _wrong(one, task.spec):
+                found[place] = wrong
+            else:
+                key = (AUTO_CLASSES[task.spec.kind], one.task_id if task.is_apart else "")
+                groups.setdefault(key, []).append((place, task))
+        for (_, alone), rows in groups.items():
+            places, tasks = [place for place, _ in rows], [task for _, task in rows]
             some = [asked[place] for place in places]
-            tasks = [loaded[one.task_id] for one in some]
             if tasks[0].spec.kind == "causal_lm":
-                pens[alone] = [self._pen(*of_row, done) for of_row in zip(places, some, tasks, strict=True)]
+                found |= self._begun(alone, places, some, tasks, done)
                 continue
-            model = self._model_apart(alone, tasks[0]) if alone else self._model(tasks[0].spec)
-            answers |= dict(zip(places, self._predicted(model, some, tasks), strict=True))
-        for alone, begun in pens.items():
-            self._running_batch(alone, begun[0].task).add(begun)
+            try:
+                model = self._model_apart(alone, tasks[0]) if alone else self._model(tasks[0].spec)
+            except Exception as error:
+                found |= dict.fromkeys(places, error)
+                continue
+            found |= dict(zip(places, self._predicted(model, some, tasks), strict=True))
         self._forget()
-        for place, answer in answers.items():
-            done(place, answer)
+        for place, said in found.items():
+            done(place, said)
 
     @property
     def is_writing(self) -> bool:
@@ -240,26 +295,68 @@ class MixedBatch:
 
     # What passes through the model
 
-    def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Answer]:
-        found, warnings = self._outputs(model, asked, tasks)
-        return [
-            replace(self._said(one, task.spec, logits_L.float()), warning=warning)
-            for one, task, logits_L, warning in zip(asked, tasks, found, warnings, strict=True)
-        ]
+    def _predicted(self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]) -> list[Said]:
+        found: list[Said] = []
+        for one, task, output in zip(asked, tasks, self._outputs(model, asked, tasks), strict=True):
+            try:
+                if isinstance(output, Exception):
+                    raise output
+                logits_L, warning = output
+                found.append(replace(self._said(one, task.spec, logits_L.float()), warning=warning))
+            except Exception as error:
+                found.append(error)
+        return found
 
     def _outputs(
         self, model: _Model, asked: Sequence[Asked], tasks: Sequence[_Loaded]
-    ) -> tuple[list[Tensor], list[str]]:
-        """Each row's outputs, and what of it is not read."""
-        encoded, warnings = _encoded(self._base, asked, [task.spec for task in tasks])
-        found: dict[int, Tensor] = {}
-        for chosen in batches_by_length([size for _, size in encoded]):
+    ) -> list[tuple[Tensor, str] | Exception]:
+        """Each row's outputs, and what of it is not read; or why there are none."""
+        try:
+            encoded, warnings = _encoded(self._base, asked, [task.spec for task in tasks])
+        except Exception as error:
+            if len(asked) == 1:
+                return [error]
+            return [self._outputs(model, [one], [task])[0] for one, task in zip(asked, tasks, strict=True)]
+        found: dict[int, tuple[Tensor, str] | Exception] = {}
+        batches = deque(batches_by_length([size for _, size in encoded]))
+        while batches:
+            chosen = batches.popleft()
             self._between()
-            batch = _padded(self._base, [encoded[i][0] for i in chosen], tasks[chosen[0]].spec.kind)
-            with torch.inference_mode():
-                logits = model.logits(batch, [tasks[i] for i in chosen])
-            found |= dict(zip(chosen, logits, strict=True))
-        return [found[place] for place in range(len(asked))], warnings
+            try:
+                batch = _padded(self._base, [encoded[i][0] for i in chosen], tasks[chosen[0]].spec.kind)
+                with torch.inference_mode():
+                    logits = model.logits(batch, [tasks[i] for i in chosen])
+            except Exception as error:
+                if len(chosen) == 1:
+                    found[chosen[0]] = error.with_traceback(None)  # whose frames hold all that the pass had made
+                    continue
+                log.warning("a pass of %d rows failed: %s: %.300s", len(chosen), type(error).__name__, error)
+                batches.extendleft((chosen[len(chosen) // 2 :], chosen[: len(chosen) // 2]))
+            else:
+                found |= {i: (one, warnings[i]) for i, one in zip(chosen, logits, strict=True)}
+        return [found[place] for place in range(len(asked))]
+
+    def _begun(
+        self,
+        alone: str,
+        places: Sequence[int],
+        asked: Sequence[Asked],
+        tasks: Sequence[_Loaded],
+        done: Callable[[int, Said], None],
+    ) -> dict[int, Exception]:
+        """Have rows written; returns why some cannot be, by their places."""
+        pens, failed = list[Pen](), dict[int, Exception]()
+        for place, one, task in zip(places, asked, tasks, strict=True):
+            try:
+                pens.append(self._pen(place, one, task, done))
+            except Exception as error:
+                failed[place] = error
+        if pens:
+            try:
+                self._running_batch(alone, tasks[0]).add(pens)
+            except Exception as error:
+                failed |= {place: error for place in places if place not in failed}
+        return failed
 
     def _said(self, asked: Asked, spec: TaskSpec, logits_L: Tensor) -> Answer:
         if not bool(logits_L.isfinite().all()):
@@ -308,7 +405,9 @@ class MixedBatch:
             )
             done(place, answer if error is None else error)
 
-        pen = Pen(self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote, asked.wanted)
+        pen = Pen(
+            self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote, asked.wanted, asked.task_id
+        )
         return pen
 
     # What is in memory
@@ -333,6 +432,12 @@ class MixedBatch:
         if task_id in self._tasks:
             self._tasks.move_to_end(task_id)
             return self._tasks[task_id]
+        task = self._read(task_id) or self._first_read(task_id)
+        self._tasks[task_id] = task
+        self._bytes += task.bytes
+        return task
+
+    def _first_read(self, task_id: str) -> _Loaded:
         parts = self._fetched.pop(task_id, None) or self._store.parts(task_id, self.version)
         spec = self._spec_of(parts)
         model = self._model(spec)
@@ -342,15 +447,26 @@ class MixedBatch:
         is_apart = is_own or not modules <= model.layers.keys()
         head = {} if is_apart or is_writer else self._base.head(spec, parts.kept)
         factors = {} if is_apart else {name: _factors(name, parts, model) for name in sorted(modules)}
-        self._tasks[task_id] = _Loaded(spec, factors, head, is_apart)
-        return self._tasks[task_id]
+        task = _Loaded(spec, factors, head, is_apart)
+        try:
+            self._file.write(task_id, (spec, is_apart), task.tensors)
+        except OSError as error:
+            log.warning("%s stays in memory: its file has no room: %s", task_id, error)
+            return task
+        return self._read(task_id) or task
+
+    def _read(self, task_id: str) -> _Loaded | None:
+        """A task that has been asked for before."""
+        if (kept := self._file.read(task_id)) is None:
+            return None
+        (spec, is_apart), tensors = kept
+        return _Loaded.of(spec, is_apart, tensors, self._model(spec).model.device)
 
     def _forget(self) -> None:
         """Give up the tasks that nobody has asked for the longest time."""
-        total = self.bytes_of_tasks
-        while total > self._tasks_bytes and len(self._tasks) > 1:
+        while self._bytes > self._tasks_bytes and len(self._tasks) > 1:
             _, task = self._tasks.popitem(last=False)
-            total -= task.bytes
+            self._bytes -= task.bytes
 
 
 class _Model:
@@ -507,15 +623,16 @@ ROWS_OF: Mapping[Kind, type[Row]] = {"causal_lm": CompletionRow, **dict.fromkeys
 """Row that a kind is asked about; the others about a text, or two."""
 
 
-def _check(asked: Asked, spec: TaskSpec) -> None:
-    """Refuse a row that is not of the task's kind: it would be answered, and nobody could tell."""
+def _wrong(asked: Asked, spec: TaskSpec) -> InvalidInput | None:
+    """Why a row that is not of the task's kind is refused: it would be answered, and nobody could tell."""
     kind, row, expects_pair = spec.kind, asked.row, bool(spec.data.text_pair_column)
     if not isinstance(row, ROWS_OF.get(kind, TextRow)):
-        raise InvalidInput(f"a {kind} is not asked about a {type(row).__name__}", asked.task_id)
+        return InvalidInput(f"a {kind} is not asked about a {type(row).__name__}", asked.task_id)
     if isinstance(row, TextRow) and (row.text_pair is not None) is not expects_pair:
         given = "one text" if expects_pair else "two texts"
         what = f"it was trained on {'two texts' if expects_pair else 'one text'} at a time, and is asked about {given}"
-        raise InvalidInput(what, asked.task_id, "ask about as many")
+        return InvalidInput(what, asked.task_id, "ask about as many")
+    return None
 
 
 def _encoded(

@@ -180,7 +180,7 @@ class Replica:
 
     def _routed(
         self, questions: Sequence[Question], now: int
-    ) -> tuple[Sequence[Question], dict[int, Routed], dict[int, OnebasisError]]:
+    ) -> tuple[Sequence[Question], dict[int, Routed], dict[int, Exception]]:
         """The questions, each of a task; how those of no task by name came to theirs; and those that came to none."""
         groups: dict[tuple[int, tuple[str, ...] | None, str, bool | None], list[int]] = {}
         for place, one in enumerate(questions):
@@ -188,7 +188,7 @@ class Replica:
                 groups.setdefault((one.version or now, one.among, one.by, one.is_chat), []).append(place)
         if not groups:
             return questions, {}, {}
-        asked, routed, unrouted = list(questions), dict[int, Routed](), dict[int, OnebasisError]()
+        asked, routed, unrouted = list(questions), dict[int, Routed](), dict[int, Exception]()
         for (number, among, by, is_chat), places in groups.items():
             try:
                 self._store.resolve(number)
@@ -198,7 +198,7 @@ class Replica:
                 if is_chat is not None:  # of those that can be asked so
                     held = {name: t for name, t in held.items() if _is_chat(batch.spec(t)) is is_chat}
                 found = self._routers.of(batch, held).route(texts, by)
-            except OnebasisError as error:
+            except Exception as error:
                 unrouted |= dict.fromkeys(places, error)
                 continue
             for place, text, route in zip(places, texts, found, strict=True):
@@ -234,17 +234,8 @@ class Replica:
         self.begin([replace(one, version=canary.version, key="") for one in questions.values()], said)
 
     def _begin(self, batch: MixedBatch, rows: Sequence[tuple[int, Asked]], done: Callable[[int, Said], None]) -> None:
-        """All together; where that fails, each alone, so that nobody is refused for a neighbour's sake."""
         places = [place for place, _ in rows]
-        try:
-            batch.begin([asked for _, asked in rows], lambda index, answer: done(places[index], answer))
-        except Exception as error:
-            if len(rows) == 1 or not isinstance(error, OnebasisError):
-                for place in places:
-                    done(place, error)
-                return
-            for row in rows:
-                self._begin(batch, [row], done)
+        batch.begin([asked for _, asked in rows], lambda index, answer: done(places[index], answer))
         if batch.is_writing and batch not in self._writing:
             self._writing.append(batch)
 

@@ -1,42 +1,32 @@
 """Rows that a language model writes together, and whose number changes between two tokens.
 
 A row that comes reads its prompt in a pass of its own, and is joined to the others from its second token on; a row that
-has ended leaves at once. So nobody waits for a neighbour's long answer. A row's tokens are those that it would have
-alone: all rows end at the right, what is before a shorter one is masked, and positions count a row's own tokens.
-
-Axes: S rows, T tokens that the cache holds of the longest row, H heads, V words of the vocabulary.
+has ended leaves at once. So nobody waits for a neighbour's long answer. Room is what rows take now, not what they may
+take one day: where they grow out of it, those that came last wait, and are read again, their tokens so far behind their
+prompts. The same becomes of rows whose pass fails: they are read again in halves, so that a row that fails by itself
+costs no other, and a pass that needs too much memory becomes two smaller ones.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from workers.evaluation import ROWS_PER_BATCH, TOKENS_PER_BATCH, left_padded
+from workers.evaluation import ROWS_PER_BATCH, TOKENS_PER_BATCH
+from workers.machine import ran_out_of_memory
+from workers.serving.lane import Lane, Over, Writer, lanes_of
 from workers.serving.writing import Pen
 
-JOINED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-"""Layers of a cache that rows can be joined in: each token has a column of its own. A state that many tokens made has
-none, and its rows are begun together."""
+log = logging.getLogger("onebasis.serving")
 
-
-class Writer(Protocol):
-    """A model that writes, each row by its own task."""
-
-    model: Any
-
-    def together(self, tasks: Sequence[Any], before: Any) -> Any:
-        """What `serving` takes for rows of these tasks. before: What it was for rows before them, or None."""
-
-    def serving(self, batch: Any) -> Any:
-        """While this lasts, the rows that go through the model are those of `batch`."""
+SPARE = 32
+"""Columns that every row must have to grow before another row is begun, or lanes are made one again."""
+CALM_STEPS = 256
+"""Steps without a failure after which there is twice the room again, after memory ran out."""
 
 
 class RunningBatch:
@@ -45,165 +35,180 @@ class RunningBatch:
     Args:
         between_tokens: Called before every token; may raise to stop.
         rows_max: Rows that are written at once.
+        room: Columns of keys and values that they have at most, padding counted; a single row may have more.
     """
 
     def __init__(
-        self, writer: Writer, pad_id: int, between_tokens: Callable[[], None], rows_max: int = ROWS_PER_BATCH
+        self,
+        writer: Writer,
+        pad_id: int,
+        between_tokens: Callable[[], None],
+        rows_max: int = ROWS_PER_BATCH,
+        room: int = TOKENS_PER_BATCH,
     ) -> None:
         self._writer, self._pad_id, self._between, self._rows_max = writer, pad_id, between_tokens, rows_max
-        model = writer.model.get_base_model() if hasattr(writer.model, "get_base_model") else writer.model
-        self._model, self._taken = model, frozenset(inspect.signature(model.forward).parameters)
+        self._room_max = self._room = room
+        self._calm = 0
+        """Steps since memory ran out."""
         self._waiting: deque[Pen] = deque()
-        self._pens: list[Pen] = []
+        self._apart: deque[list[Pen]] = deque()
+        """Rows of passes that failed, to be read again by themselves before others begin."""
+        self._empty = Lane(writer, pad_id)
+        self._lanes: list[Lane] = []
         self._open: dict[Pen, None] = {}
-        """All rows that have not ended, those that wait among them."""
-        self._cache: Any = None
-        self._mask_ST: Tensor = torch.zeros(0, 0, dtype=torch.long)
-        self._batch: Any = None
+        """All rows that have not ended, in the order in which they came."""
 
     @property
     def pens(self) -> list[Pen]:
         """The rows that are still to be written."""
         return list(self._open)
 
+    @property
+    def columns(self) -> int:
+        """Columns of keys and values that rows have now, padding counted."""
+        return sum(lane.columns for lane in self._lanes)
+
+    @property
+    def lanes(self) -> list[list[Pen]]:
+        """The rows that are written now: those of one pass together."""
+        return [lane.pens for lane in self._lanes]
+
     def add(self, pens: Sequence[Pen]) -> None:
         """Rows that are to be written, too: from the next step on, or as soon as there is room."""
         self._waiting.extend(pens)
         self._open |= dict.fromkeys(pens)
 
-    def step(self) -> dict[Pen, Exception | None]:
-        """Write a token of every row.
+    def step(self) -> Over:
+        """Write a token of every row that has room.
 
         Returns:
-            The rows that are written no further, each with what went wrong, or None. Prompts that cannot be read cost
-            the rows that are written already nothing; whatever else goes wrong costs all of them.
+            The rows that are written no further, each with what went wrong, or None: of a pass that fails, a row that
+            fails by itself, too. Where `between_tokens` raises, all rows.
 
         Cost:
-            A pass over one token of each row, and where rows begin, one over their prompts.
+            A pass over one token of each row of a lane, and where rows begin, one over their prompts.
         """
-        over: dict[Pen, Exception | None] = {}
         try:
             self._between()
-            with torch.inference_mode():
-                if self._pens:
-                    over |= dict.fromkeys(self._go_on())
-                if begun := self._admitted():
-                    over |= self._begin(begun)
         except Exception as error:
-            over = {pen: over.get(pen, error) for pen in self._open}
+            over: Over = dict.fromkeys(self._open, error)
             self._waiting.clear()
-            self._pens, self._cache, self._batch = [], None, None
+            self._apart.clear()
+            self._lanes = []
+        else:
+            with torch.inference_mode():
+                over = self._write()
         for pen in over:
             del self._open[pen]
         return over
 
-    def _go_on(self) -> list[Pen]:
-        ids_S1 = torch.tensor([[pen.last] for pen in self._pens], device=self._model.device)
-        self._mask_ST = pad(self._mask_ST, (0, 1), value=1)
-        over = _taken(self._pens, self._pass(ids_S1, self._mask_ST, self._cache, self._batch))
-        self._keep([place for place, pen in enumerate(self._pens) if pen not in over])
+    def _write(self) -> Over:
+        over = self._grow()
+        for lane in list(self._lanes):
+            over |= self._passed(lane, lane.pens, lane.go_on)
+        begun = self._admitted()
+        for places in lanes_of([pen.length for pen in begun], self._room):
+            lane, pens = Lane(self._writer, self._pad_id), [begun[place] for place in places]
+            self._lanes.append(lane)
+            over |= self._passed(lane, pens, partial(lane.begin, pens))
+        self._lanes = [lane for lane in self._lanes if lane.pens]
+        return over | self._arrange() if begun or over else over
+
+    def _passed(self, lane: Lane, pens: Sequence[Pen], write: Callable[[], Over]) -> Over:
+        """What becomes of a lane's rows in a pass; where it fails, the lane is gone."""
+        try:
+            return write()
+        except Exception as error:
+            self._lanes.remove(lane)
+            return self._failed(list(pens), error)
+
+    def _failed(self, pens: list[Pen], error: Exception) -> Over:
+        """Have rows of which nothing is left but their tokens read again. A row that fails alone is over,
+        unless it may be for the memory that others have."""
+        error = error.with_traceback(None)  # whose frames hold all that the pass had made
+        over: Over = {pen: None for pen in pens if pen.ended}
+        pens = [pen for pen in pens if not pen.ended]
+        is_memory = ran_out_of_memory(error)
+        log.warning("a pass of %d rows failed: %s: %.300s", len(pens), type(error).__name__, error)
+        if is_memory:
+            used = self.columns + sum(pen.length for pen in pens)
+            self._calm, self._room = 0, max(1, min(self._room, used) // 2)
+            torch.cuda.empty_cache()  # does nothing without a GPU
+        if len(pens) > 1:
+            half = len(pens) // 2
+            self._apart.extendleft((pens[half:], pens[:half]))
+        elif is_memory and self._lanes:  # they make room for it, and it is over if it fails once more
+            writing = self._writing
+            self._waiting.extendleft(pen for pen in reversed(self._open) if pen in writing)
+            self._lanes = []
+            self._apart.appendleft(pens)
+        else:
+            over |= dict.fromkeys(pens, error)
         return over
 
-    def _begin(self, pens: list[Pen]) -> dict[Pen, Exception | None]:
+    def _grow(self) -> Over:
+        """See to it that every row has room for a token more: in more lanes, or those that came last leave."""
+        self._calm += 1
+        if self._room < self._room_max and self._calm % CALM_STEPS == 0:
+            self._room = min(self._room_max, 2 * self._room)
+        pens = self._writing
+        if self.columns + len(pens) <= self._room or not self._empty.is_joined:
+            return {}
+        stay = [pen for pen in self._open if pen in pens]
+        while len(stay) > 1 and not self._has_room(stay):
+            self._waiting.appendleft(stay.pop())
         try:
-            ids_ST, mask_ST = left_padded([pen.prompt for pen in pens], self._pad_id, self._model.device)
-            batch = self._writer.together([pen.task for pen in pens], None)
-            cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-            over = _taken(pens, self._pass(ids_ST, mask_ST, cache, batch))
+            parts = [(lane, [pen for pen in lane.pens if pen in stay]) for lane in self._lanes]
+            self._lanes = [lane.only(some) for lane, some in parts if some]
         except Exception as error:
-            return dict.fromkeys(pens, error)
-        if self._pens:
-            width = max(mask_ST.shape[1], self._mask_ST.shape[1])
-            both = [pad(mask_ST, (width - mask_ST.shape[1], 0)) for mask_ST in (self._mask_ST, mask_ST)]
-            self._mask_ST, self._pens = torch.cat(both), [*self._pens, *pens]
-            _join(self._cache, cache)
-            self._batch = self._writer.together([pen.task for pen in self._pens], self._batch)
-        else:
-            self._pens, self._mask_ST, self._cache, self._batch = pens, mask_ST, cache, batch
-        self._keep([place for place, pen in enumerate(self._pens) if pen not in over])
-        return dict.fromkeys(over)
+            self._lanes = []
+            return self._failed(stay, error)
+        return self._arrange()
+
+    def _arrange(self) -> Over:
+        """Have the rows in as few lanes as have room."""
+        pens, before = list(self._writing), self._lanes
+        groups = lanes_of([pen.length + SPARE for pen in pens], self._room)
+        has_room = self.columns + len(pens) <= self._room
+        if not self._empty.is_joined or (has_room and len(groups) >= len(before)):
+            return {}
+        self._lanes = []
+        try:
+            for group in groups:
+                chosen = {pens[place] for place in group}
+                parts = [(lane, [pen for pen in lane.pens if pen in chosen]) for lane in before]
+                first, *others = [lane.only(some) for lane, some in parts if some]
+                for other in others:
+                    first.join(other)
+                self._lanes.append(first)
+        except Exception as error:
+            self._lanes = []
+            return self._failed(pens, error)
+        return {}
 
     def _admitted(self) -> list[Pen]:
-        """Those of the waiting rows that there is room for, in their order."""
-        if self._pens and not self._is_joined:
+        """Those that wait and that there is room for, in their order: rows that failed by themselves."""
+        pens = list(self._writing)
+        if pens and not self._empty.is_joined:
             return []
-        rows, longest, found = len(self._pens), max((pen.longest for pen in self._pens), default=0), list[Pen]()
-        while self._waiting and rows < self._rows_max:
-            longest = max(longest, self._waiting[0].longest)
-            if rows and (rows + 1) * longest > TOKENS_PER_BATCH:
+        if self._apart:
+            return self._apart.popleft() if not pens or self._has_room([*pens, *self._apart[0]]) else []
+        found = list[Pen]()
+        while self._waiting and len(pens) < self._rows_max:
+            pens.append(self._waiting[0])
+            if len(pens) > 1 and not self._has_room(pens):
                 break
             found.append(self._waiting.popleft())
-            rows += 1
         return found
 
     @property
-    def _is_joined(self) -> bool:
-        """Whether rows may be joined to those that are written. Chunks of attention begin at columns, not at tokens."""
-        config = self._model.config.get_text_config(decoder=True)
-        return getattr(config, "attention_chunk_size", None) is None and all(
-            type(layer) in JOINED for layer in self._cache.layers
-        )
+    def _writing(self) -> dict[Pen, None]:
+        return dict.fromkeys(pen for lane in self._lanes for pen in lane.pens)
 
-    def _pass(self, ids_ST: Tensor, mask_ST: Tensor, cache: Any, batch: Any) -> Tensor:
-        """S×V: logits after the last token of each row, float32. The cache takes the tokens in."""
-        positions_ST = (mask_ST.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_ST.shape[1] :]
-        more = {"position_ids": positions_ST, "logits_to_keep": 1}
-        name = "past_key_values" if "past_key_values" in self._taken else "cache_params"
-        inputs = self._model.prepare_inputs_for_generation(
-            ids_ST,
-            attention_mask=mask_ST,
-            is_first_iteration=ids_ST.shape == mask_ST.shape,
-            use_cache=True,
-            **{name: cache},
-            **{name: value for name, value in more.items() if name in self._taken},
-        )
-        with self._writer.serving(batch):
-            return self._model(**inputs, return_dict=True).logits[:, -1].float()  # type: ignore[no-any-return]
-
-    def _keep(self, places: Sequence[int]) -> None:
-        """Let the other rows go, and the columns that none of those that stay needs."""
-        if len(places) == len(self._pens):
-            return
-        self._pens = [self._pens[place] for place in places]
-        if not self._pens:
-            self._cache = self._batch = None
-            return
-        places_S = torch.tensor(places, device=self._mask_ST.device)
-        self._cache.reorder_cache(places_S)
-        self._mask_ST = self._mask_ST[places_S]
-        if self._is_joined:
-            length = int(self._mask_ST.sum(dim=1).max())
-            self._mask_ST = self._mask_ST[:, -length:]
-            _shorten(self._cache, length)
-        self._batch = self._writer.together([pen.task for pen in self._pens], self._batch)
-
-
-def _taken(pens: Sequence[Pen], logits_SV: Tensor) -> list[Pen]:
-    """Give each row its next token; returns those that end with it."""
-    for pen, logits_V in zip(pens, logits_SV, strict=True):
-        pen.draw(logits_V)
-    return [pen for pen, token in zip(pens, logits_SV.argmax(dim=-1).tolist(), strict=True) if pen.take(token)]
-
-
-def _join(cache: Any, other: Any) -> None:
-    """Put the rows of another cache behind those of this one. A sliding window's layer holds fewer columns than there
-    are tokens: the last ones."""
-    for mine, theirs in zip(cache.layers, other.layers, strict=True):
-        if isinstance(mine, DummyLayer) or mine.keys is None:
-            continue
-        width = max(mine.keys.shape[-2], theirs.keys.shape[-2])
-        for name in ("keys", "values"):
-            both = [getattr(layer, name) for layer in (mine, theirs)]
-            setattr(mine, name, torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in both]))
-        if mine.is_sliding:
-            mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
-
-
-def _shorten(cache: Any, length: int) -> None:
-    """Keep the last columns, so many as tokens are left."""
-    for layer in cache.layers:
-        if isinstance(layer, DummyLayer) or layer.keys is None:
-            continue
-        layer.keys, layer.values = layer.keys[..., -length:, :], layer.values[..., -length:, :]
-        if layer.is_sliding:
-            layer.cumulative_length = length
+    def _has_room(self, pens: Sequence[Pen]) -> bool:
+        """Whether rows can be written beside each other for a while. Rows that no other joins or leaves need all their
+        room at once."""
+        if not self._empty.is_joined:
+            return len(pens) * max(pen.longest for pen in pens) <= self._room
+        lengths = [pen.length + min(SPARE, pen.longest - pen.length) for pen in pens]
+        return sum(len(lane) * lengths[lane[0]] for lane in lanes_of(lengths, self._room)) <= self._room

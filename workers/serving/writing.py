@@ -27,6 +27,7 @@ class Pen:
         task: Whatever tells the model whose row it is.
         wrote: Takes every further piece of the text, as soon as it is certain.
         wanted: Whether anybody still wants the text.
+        where: What errors name.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Pen:
         task: Any = None,
         wrote: Callable[[str], None] | None = None,
         wanted: Wanted = always,
+        where: str = "",
     ) -> None:
         self.ids: list[int] = []
         """Tokens written, without the one that ends the text."""
@@ -46,7 +48,7 @@ class Pen:
         """The answer so far: at its end as the tokenizer decodes all of it at once."""
         self.ended: Ended = ""
         self.prompt, self.writing, self.limit = prompt, writing, limit
-        self.done, self.task = done, task
+        self.done, self.task, self.where = done, task, where
         self._tokenizer, self._wrote, self._wanted = tokenizer, wrote, wanted
         self._source = _source(writing.seed) if writing.temperature > 0 else None
         self._held = max(map(len, writing.stop), default=1) - 1
@@ -54,6 +56,11 @@ class Pen:
         self._is_cut = False
         self._said = 0
         self._from = self._to = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt) + len(self.ids)
 
     @property
     def longest(self) -> int:
@@ -70,7 +77,7 @@ class Pen:
         (Gumbel noise). Others are left as they are."""
         if self._source is None:
             return
-        scaled_V = logits_V / self.writing.temperature
+        scaled_V = (logits_V - logits_V.max()) / self.writing.temperature  # no temperature is too low
         if self.writing.top_p < 1:
             scaled_V = _likeliest(scaled_V, self.writing.top_p)
         uniform_V = torch.rand(len(scaled_V), generator=self._source).clamp_(1e-20, 1 - 1e-7)

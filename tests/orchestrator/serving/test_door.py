@@ -1,16 +1,23 @@
-"""What a stream sends to OpenAI's clients."""
+"""What OpenAI's clients are sent: the models they may ask, and streams."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+from fastapi import Request
 from ray.exceptions import ActorDiedError
 
-from orchestrator.serving.door import _events
+from configs.settings import StorageSettings
+from orchestrator.serving.door import Door, _events
+from orchestrator.serving.lodge import Lodge, digest_of
 from orchestrator.serving.openai_records import Reply
+from subspace_store import SubspaceStore, open_storage
+from tests.subspace_store.builders import BASE, merged, random_adapter
 from workers.serving.question import Answer
 
 ANSWER = Answer("t1", 7, text="hello", tokens=2, prompt_tokens=3, ended="stop")
@@ -45,3 +52,34 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_not_as_if_it_were_wh
         "nobody could answer: ActorDiedError\n  → ask again",
         "unavailable",
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/v1/models", 200, "first"),
+        ("/v1/models/{title}", 200, "first"),
+        ("/v1/models/{encoded}", 200, "first"),
+        ("/v1/models/talk/nothing", 404, "main holds no such task"),
+        ("/v2/models", 404, "there is no GET /v2/models"),
+    ],
+)
+def test_the_models_are_the_tasks_of_main_all_or_one(tmp_path: Path, path: str, status: int, said: str) -> None:
+    storage = StorageSettings(url=f"file:{tmp_path}")
+    store = SubspaceStore.open(open_storage(storage, BASE), base_model=BASE, writer="test")
+    version = merged(store, {"first": random_adapter(1), "second": random_adapter(2)})
+    store.publish(version.number, op_key="publish", actor="test")
+    title = store.state.tasks_at(version.number)["first"].name
+    door = Door("app", storage, Lodge("http://127.0.0.1:1", "", None, digest_of("secret")), {BASE: None})
+    asked = path.format(title=title, encoded=title.replace("/", "%2F"))
+    headers = [(b"authorization", b"Bearer secret")]
+    scope = {"type": "http", "method": "GET", "path": asked, "headers": headers, "query_string": b""}
+    reply = asyncio.run(door(Request({**scope, "server": ("127.0.0.1", 1), "scheme": "http"})))
+    assert reply.status_code == status
+    content = json.loads(bytes(reply.body))
+    assert said in json.dumps(content)
+    if status == 200:
+        models = content.get("data", [content])
+        assert models[0]["id"] == title
+        assert len(models) == (2 if path == "/v1/models" else 1)
+        assert models[0]["version"] == version.number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,3 +140,11 @@ def test_pieces_of_one_stream_have_one_id() -> None:
     ]
     assert pieces[2]["choices"][0]["finish_reason"] == "length"
     assert (pieces[3]["choices"], pieces[3]["usage"]["total_tokens"]) == ([], 5)
+
+
+def test_what_of_a_prompt_was_not_read_is_told_in_the_choice() -> None:
+    reply, cut = Reply(True, "support/replies"), replace(ANSWER, warning="its last 16 tokens are read")
+    for told in (reply.whole([ANSWER, cut]), reply.whole([cut]), reply.last(cut)):
+        assert told["choices"][-1]["warning"] == cut.warning
+    for told in (reply.whole([cut, ANSWER]), reply.last(ANSWER)):
+        assert "warning" not in told["choices"][-1]

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from configs.errors import NotFound
+from configs.errors import NotFound, OnebasisError, Unavailable
 from tests.workers.serving.sites import TEXTS, site
 from tests.workers.serving.test_replica import replica, said
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.serving.batcher import Batcher, Said
-from workers.serving.question import Question, Writing
+from workers.serving.question import Answer, Question, Writing
 from workers.serving.replica import Replica
 
 
@@ -50,31 +51,57 @@ def test_a_request_larger_than_a_batch_is_answered_whole(tiny: Callable[[str], B
     assert len(said(list(found))) == len(TEXTS)
 
 
+class Scripted(Replica):
+    """Answers every row with what it is told to, or fails."""
+
+    def __init__(self, says: dict[str, Answer | Exception]) -> None:
+        self.says = says
+        self.fails: Exception | None = None
+
+    def begin(self, questions: Sequence[Question], done: Callable[[int, Answer | Exception], None]) -> None:
+        if self.fails is not None:
+            raise self.fails
+        for place, question in enumerate(questions):
+            done(place, self.says[question.task])
+
+    def step(self) -> bool:
+        return False
+
+
 def test_an_error_of_ours_is_told_to_all_in_the_batch_and_the_next_one_is_answered() -> None:
-    class Broken(Replica):
-        def __init__(self) -> None:
-            self.fails = True
-
-        def begin(self, questions: Sequence[Question], done: Callable[[int, Said | Exception], None]) -> None:
-            if self.fails:
-                raise RuntimeError("out of memory")
-            for place, question in enumerate(questions):
-                done(place, NotFound("none", question.task))
-
-        def step(self) -> bool:
-            return False
-
-    broken = Broken()
-    batcher = Batcher(broken, 8)
+    one = Scripted({"t": NotFound("none", "t")})
+    one.fails = RuntimeError("no such layer")
+    batcher = Batcher(one, 8)
 
     async def run() -> None:
-        failed = await asyncio.gather(*(batcher.answer([Question("t", "x")]) for _ in range(3)), return_exceptions=True)
-        assert [str(error) for error in failed] == ["out of memory"] * 3
-        broken.fails = False
+        failed = await asyncio.gather(*(batcher.answer([Question("t", "x")]) for _ in range(3)))
+        assert [str(error).splitlines()[0] for (error,) in failed] == ["t: internal error: RuntimeError"] * 3
+        one.fails = None
         (answer,) = await batcher.answer([Question("t", "x")])
         assert isinstance(answer, NotFound)
 
     asyncio.run(run())
+
+
+def test_a_row_of_a_request_that_fails_costs_its_other_rows_nothing() -> None:
+    right, memory = Answer("right", 1, label="a"), torch.OutOfMemoryError("out of memory")
+    batcher = Batcher(Scripted({"right": right, "wrong": KeyError("x"), "large": memory}), 8)
+
+    async def run() -> None:
+        asked = [Question(task, "x") for task in ("right", "wrong", "large", "right")]
+        first, wrong, large, last = await batcher.answer(asked)
+        assert (first, last) == (right, right)
+        assert (type(wrong), type(large)) == (OnebasisError, Unavailable)
+        assert "KeyError" in str(wrong)
+        assert batcher.broken is None
+
+    asyncio.run(run())
+
+
+def test_a_device_that_computes_nothing_more_is_told_to_ray_serve() -> None:
+    batcher = Batcher(Scripted({"t": torch.AcceleratorError("CUDA error: an illegal memory access")}), 8)
+    asyncio.run(batcher.answer([Question("t", "x")]))
+    assert isinstance(batcher.broken, torch.AcceleratorError)
 
 
 def test_pieces_arrive_while_it_is_written_and_nobody_listening_ends_it(tmp_path: Path) -> None:

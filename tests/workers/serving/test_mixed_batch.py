@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,10 @@ from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, generate
 from workers.features import collator
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
-from workers.serving.mixed_batch import Asked, MixedBatch
+from workers.serving.mixed_batch import Asked, MixedBatch, Said
 from workers.serving.mixed_layers import Batch, Current, MixedLayer, TaskFactors
+from workers.serving.question import Answer
+from workers.serving.task_file import TaskFile
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -226,14 +230,44 @@ def test_a_row_of_another_kind_is_refused(tiny: Callable[[str], BaseModel]) -> N
         pairs.answers([("seed-0", TextRow("a", None, 0))])
 
 
-def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel]) -> None:
+def test_memory_stays_within_its_limit(tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks leave memory, and are back from the file, not from the store, with the same answers to the last bit."""
     made = site(tiny("bert"), "sequence_classification", ["query", "value"])
-    row, limit = TextRow(TEXTS[0], None, 0), 20_000
-    batch = mixed(made, tasks_bytes=limit)
+    row, limit = TextRow(TEXTS[0], None, 0), 30_000
+    batch, read = mixed(made, tasks_bytes=limit), list[str]()
+    parts = made.store.parts
+    monkeypatch.setattr(made.store, "parts", lambda task_id, version: read.append(task_id) or parts(task_id, version))
     first = [batch.answer([Asked(task, row)])[0].probabilities for task in made.specs]
     assert 0 < batch.bytes_of_tasks <= limit
+    assert len(batch.tasks) < len(made.specs)
+    assert batch.bytes_in_file > limit
     again = [batch.answer([Asked(task, row)])[0].probabilities for task in made.specs]
     assert first == again
+    assert read == [*made.specs]
+    together = batch.answer(
+        [Asked(task, row) for task in made.specs]
+    )  # more than the limit, as long as the batch lasts
+    assert [one.label for one in together] == [max(p or {}, key=lambda name: (p or {})[name]) for p in first]
+    assert batch.bytes_of_tasks <= limit
+
+
+def test_without_room_on_the_disk_tasks_stay_in_memory(
+    tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, row = site(tiny("bert"), "sequence_classification", ["query"]), TextRow(TEXTS[0], None, 0)
+    asked = [Asked(task, row) for task in made.specs]
+    right = mixed(made).answer(asked)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(TaskFile, "write", full)
+    batch = mixed(made)
+    assert batch.answer(asked) == right
+    in_file = mixed(made)
+    monkeypatch.undo()
+    in_file.answer(asked)
+    assert batch.bytes_of_tasks > in_file.bytes_of_tasks > 0
 
 
 def test_several_numbers_are_answered_by_their_names(tmp_path: Path) -> None:
@@ -246,3 +280,55 @@ def test_several_numbers_are_answered_by_their_names(tmp_path: Path) -> None:
         assert answer.values is not None
         assert tuple(answer.values) == made.specs[task].data.label_names
         assert list(answer.values.values()) == pytest.approx(made.alone(task, [row])[0].tolist(), abs=1e-5)
+
+
+def test_a_row_that_cannot_be_answered_costs_no_other_row(tiny: Callable[[str], BaseModel]) -> None:
+    """A task whose coefficients are no numbers, one that is not there, and one whose layers cannot be computed."""
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    row = TextRow(TEXTS[0], None, 0)
+    tasks = ("seed-0", "seed-1", "seed-2", "nobody", "seed-3", "partly", "seed-0")
+    right = dict(zip(made.specs, made.answers([(task, row) for task in made.specs]), strict=True))
+    batch = mixed(made)
+    for task in made.specs:
+        batch.spec(task)
+    for factors in batch._tasks["seed-1"].factors.values():
+        factors.e_RK.fill_(torch.nan)
+    name, factors = next(iter(batch._tasks["seed-3"].factors.items()))
+    wrong = replace(factors, b_RN=torch.ones(2, 3), a_RD=torch.ones(2, 5))
+    batch._tasks["seed-3"] = replace(batch._tasks["seed-3"], factors={name: wrong})
+    found: dict[int, Said] = {}
+    batch.begin([Asked(task, row) for task in tasks], found.__setitem__)
+    failed = {tasks[place]: said for place, said in found.items() if isinstance(said, Exception)}
+    assert {task: type(error) for task, error in failed.items()} == {
+        "seed-1": InvalidInput,
+        "nobody": NotFound,
+        "seed-3": RuntimeError,
+    }
+    for place, said in found.items():
+        if tasks[place] not in failed:
+            assert isinstance(said, Answer)
+            expected = list((right[tasks[place]].probabilities or {}).values())
+            assert list((said.probabilities or {}).values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_batch_that_memory_has_no_room_for_becomes_smaller_ones(tiny: Callable[[str], BaseModel]) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    asked = [Asked(task, TextRow(text, None, 0)) for task in made.specs for text in TEXTS]
+    right, batch, passes = mixed(made).answer(asked), mixed(made), list[int]()
+    model = batch._model(made.specs["seed-0"])
+    logits = model.logits
+
+    def limited(inputs: Mapping[str, torch.Tensor], tasks: Sequence[Any]) -> Any:
+        if len(tasks) > 6:
+            raise torch.OutOfMemoryError("out of memory")
+        passes.append(len(tasks))
+        return logits(inputs, tasks)
+
+    model.logits = limited  # type: ignore[method-assign]
+    for answer, expected in zip(batch.answer(asked), right, strict=True):
+        assert answer.label == expected.label
+        assert list((answer.probabilities or {}).values()) == pytest.approx(
+            list((expected.probabilities or {}).values()), abs=1e-5
+        )
+    assert sum(passes) == len(asked)
+    assert max(passes) > 3
