@@ -102,7 +102,8 @@ def _segment(size: int, folder: str | None) -> _Segment:
     descriptor, path = tempfile.mkstemp(prefix="onebasis-tasks-", dir=folder)
     try:
         os.truncate(descriptor, size)
-        return _Segment(descriptor, torch.from_file(path, shared=False, size=size, dtype=torch.uint8))
+        # Shared: what is written later is seen through a private mapping on some systems only.
+        return _Segment(descriptor, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
     except BaseException:
         os.close(descriptor)
         raise
