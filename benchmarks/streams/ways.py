@@ -25,6 +25,7 @@ from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.methods import NOTHING, Given
+from workers.methods.auto import RECOVERY
 from workers.methods.factors import lora_layers
 from workers.rows.task_data import Row
 
@@ -59,6 +60,13 @@ def separate(shop: Workshop, stream: Stream) -> Learned:
     """A LoRA for each task: the reference."""
     found = _loras(shop, stream)
     return _apart(stream, found)
+
+
+def longer(shop: Workshop, stream: Stream) -> Learned:
+    """A LoRA for each task, trained for as many steps as one that `auto` cuts and trains on."""
+    rate = _lora_rate(shop)
+    cases = [at_rate(_for_steps(case, 1 + RECOVERY), rate) for case in stream.cases]
+    return _apart(stream, {case.spec.name: shop.train(case, "lora") for case in cases})
 
 
 def truncated(rank: int) -> Way:
@@ -273,6 +281,7 @@ def _raced(shop: Workshop, case: Case, store: SubspaceStore) -> Made:
 Way = Callable[[Workshop, Stream], Learned]
 WAYS: Mapping[str, Way] = {
     "separate": separate,
+    "longer": longer,
     "heads": heads,
     "truncated-4": truncated(4),
     "truncated-2": truncated(2),
@@ -306,6 +315,7 @@ TITLES: Mapping[str, str] = {
     "truncated-4": "separate LoRAs, each cut to rank 4",
     "truncated-2": "separate LoRAs, each cut to rank 2",
     "truncated-1": "separate LoRAs, each cut to rank 1",
+    "longer": "separate LoRA of rank 8, half as many steps again",
     "heads": "base model, trained heads",
     "mean": "mean of all adapters",
     "ties": "TIES of all adapters",
@@ -336,6 +346,12 @@ def _by(case: Case, method: str, **settings: Any) -> Case:
     """The task, to be trained by a method."""
     asked = MethodSpec.model_validate({"name": method, **settings})
     return replace(case, spec=case.spec.model_copy(update={"method": asked}))
+
+
+def _for_steps(case: Case, share: float) -> Case:
+    """The task, to be trained for a multiple of its steps."""
+    training = case.spec.training.model_copy(update={"max_steps": round(share * case.spec.training.max_steps)})
+    return replace(case, spec=case.spec.model_copy(update={"training": training}))
 
 
 def _lora_rate(shop: Workshop) -> float:
