@@ -47,7 +47,7 @@ TEXT_STEPS = 120
 """Steps of a text set's task: a minute or two on one core."""
 LABELS = 11
 """Labels of each related task."""
-BASES = ((5, 32), (8, 24), (12, 24), (16, 24), (20, 16), (20, 24), (20, 32))
+BASES = ((5, 32), (7, 24), (8, 24), (12, 24), (16, 24), (20, 16), (20, 24), (20, 32))
 """(tasks that make a basis, directions that it has) of `directions`."""
 NEW_TASKS = range(30, 33)
 """Numbers of the related tasks that are trained in them."""
@@ -168,13 +168,6 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         found["share"] = train(case, "share", rest, "", leased)
     in_basis = {"lora": {}, "share": ranks}
 
-    def train_on(method: str, cut: Adapter, rows: Sequence[Row] = rest, which: str = "") -> Adapter:
-        by = case.spec.model_copy(update={"method": case.spec.method.model_copy(update={"name": method})})
-        left = replace(case, spec=auto.recovery(by, cut))
-        if method == "lora":
-            return train(left, "lora", rows, f"{which}-left", Given(start=cut))
-        return train(left, "refine", rows, f"{which}-left", replace(leased, adapter=cut))
-
     judged = auto.validation_spec(case.spec)
     kept, said = auto.chosen(
         found,
@@ -182,15 +175,27 @@ def race(base: BaseModel, case: Case, store: SubspaceStore, train: Train, only_l
         case.spec.method.loss_max,
         lambda name, adapter: auto.numbers(adapter, in_basis[name]),
         judged.metric,
-        train_on,
+        partial(trained_on, case, leased, rest, train),
     )
     if not needs_all_rows(rest, validation):
         return Raced(auto.sized(kept.adapter, 1.0), kept, tuple(found), said)
     if kept.directions:
-        final = train_on(kept.method, auto.leading(found[kept.method], kept.directions), case.train, ALL)
+        cut = auto.leading(found[kept.method], kept.directions)
+        final = trained_on(case, leased, case.train, train, kept.method, cut, ALL)
     else:
         final = train(case, kept.method, case.train, ALL, NOTHING if kept.method == "lora" else leased)
     return Raced(auto.sized(final, kept.share), kept, tuple(found), said)
+
+
+def trained_on(
+    case: Case, leased: Given, rows: Sequence[Row], train: Train, method: str, cut: Adapter, which: str = ""
+) -> Adapter:
+    """What a cut has left of a candidate, trained on: a LoRA by itself, coefficients in the basis that is leased."""
+    spec = case.spec.model_copy(update={"method": case.spec.method.model_copy(update={"name": method})})
+    left = replace(case, spec=auto.recovery(spec, cut))
+    if method == "lora":
+        return train(left, "lora", rows, f"{which}-left", Given(start=cut))
+    return train(left, "refine", rows, f"{which}-left", replace(leased, adapter=cut))
 
 
 def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> Figures:
@@ -208,6 +213,9 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
             return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
 
+        def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
+            return trained(base, case, name, rows, folder, f"{which}-in-{name_of(given)}", given)
+
         row["lora"] = {"score": statistics.fmean(judge(whole)), "numbers": whole.numbers}
         for tasks, count in BASES:
             leased = Given(version=1, basis=leading_basis(made_of[:tasks], count))
@@ -218,8 +226,14 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
                 judge,
                 case.spec.method.loss_max,
                 lambda name, form, of=ranks: auto.numbers(form, {"lora": {}, "share": of}[name]),
+                train_on=partial(trained_on, case, leased, rest, train),
             )
-            scored = {"score": statistics.fmean(judge(adapter)), "kept": kept.method, "numbers": kept.numbers}
+            scored = {
+                "score": statistics.fmean(judge(adapter)),
+                "kept": kept.method,
+                "numbers": kept.numbers,
+                "kept_score": kept.score,
+            }
             row[f"{count} of {tasks}"] = scored
         found.append(row)
         say(json.dumps(row))
