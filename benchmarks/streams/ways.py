@@ -25,7 +25,7 @@ from subspace_store.digests import digest
 from subspace_store.merging.variants import Variant, merge_all
 from tests.subspace_store.builders import fresh_storage, merged
 from workers.methods import NOTHING, Given
-from workers.methods.auto import RECOVERY
+from workers.methods.auto import recovery
 from workers.methods.factors import lora_layers
 from workers.rows.task_data import Row
 
@@ -63,10 +63,15 @@ def separate(shop: Workshop, stream: Stream) -> Learned:
 
 
 def longer(shop: Workshop, stream: Stream) -> Learned:
-    """A LoRA for each task, trained for as many steps as one that `auto` cuts and trains on."""
-    rate = _lora_rate(shop)
-    cases = [at_rate(_for_steps(case, 1 + RECOVERY), rate) for case in stream.cases]
-    return _apart(stream, {case.spec.name: shop.train(case, "lora") for case in cases})
+    """A LoRA for each task, trained on as `auto` trains on what a cut leaves, but whole."""
+    found = {}
+    for case in stream.cases:
+        whole = shop.train(at_rate(case, _lora_rate(shop)), "lora")
+        spec = recovery(_by(at_rate(case, _lora_rate(shop)), "lora").spec, whole.adapter)
+        given = Given(start=whole.adapter)
+        made = shop.train(replace(case, spec=spec), "longer", of=name_of(given), given=given)
+        found[case.spec.name] = replace(made, numbers=whole.numbers, seconds=whole.seconds + made.seconds)
+    return _apart(stream, found)
 
 
 def truncated(rank: int) -> Way:
@@ -315,7 +320,7 @@ TITLES: Mapping[str, str] = {
     "truncated-4": "separate LoRAs, each cut to rank 4",
     "truncated-2": "separate LoRAs, each cut to rank 2",
     "truncated-1": "separate LoRAs, each cut to rank 1",
-    "longer": "separate LoRA of rank 8, half as many steps again",
+    "longer": "separate LoRA of rank 8, trained on for half as many steps",
     "heads": "base model, trained heads",
     "mean": "mean of all adapters",
     "ties": "TIES of all adapters",
@@ -346,12 +351,6 @@ def _by(case: Case, method: str, **settings: Any) -> Case:
     """The task, to be trained by a method."""
     asked = MethodSpec.model_validate({"name": method, **settings})
     return replace(case, spec=case.spec.model_copy(update={"method": asked}))
-
-
-def _for_steps(case: Case, share: float) -> Case:
-    """The task, to be trained for a multiple of its steps."""
-    training = case.spec.training.model_copy(update={"max_steps": round(share * case.spec.training.max_steps)})
-    return replace(case, spec=case.spec.model_copy(update={"training": training}))
 
 
 def _lora_rate(shop: Workshop) -> float:
