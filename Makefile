@@ -8,9 +8,8 @@ PACKAGES := configs subspace_store workers orchestrator
 
 .PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions bench-streams smollm2 setup clean lock
 
-# Processes that run tests at a time. One more than two cores, because a test of a service waits a quarter of its time for
-# something that takes no CPU.
-PROCESSES := 3
+# Processes that run tests of services at a time: each of them starts processes of its own.
+PROCESSES := 2
 # Where the tests of real services and servers are: to import all others would take a quarter of a minute of each process.
 SERVICES := tests/acceptance tests/docs/test_blocks_run.py tests/servers tests/workers/test_auto.py tests/workers/test_rank_group.py
 
@@ -20,7 +19,7 @@ demo: $(READY)
 # The unit tests first: they need no Ray and fail within a minute. Then real services and what kills them, beside a real S3
 # server that any machine can have (ministack, from PyPI). What is left out is said at the end.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses $(PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not acceptance and not s3 and not browser" --numprocesses 3 --dist loadfile
 	@ONEBASIS_S3_SERVERS=ministack $(BIN)/python -m tests.servers.install
 	ONEBASIS_S3_SERVERS=ministack $(BIN)/pytest -m "s3 or acceptance and not stops" $(SERVICES) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 	@echo "not run: the tests against the S3 servers Ceph RGW and s3rver, which take root, apt-get and npm to install;"

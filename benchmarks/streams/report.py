@@ -24,7 +24,7 @@ FIGURES = {
     "hundred_adapters": ("forgetting_points",),
 }
 
-POINTS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5)
+POINTS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5)
 """Ticks of the plot of losses."""
 
 Figures = dict[str, Any]
@@ -144,7 +144,7 @@ def bytes_plot(streams: Mapping[str, Figures], path: Path) -> None:
             axes.plot(_bytes(rows[row]) / whole, _mean(rows[row], "mean_loss_points"), linestyle="none", **_look(row))
         axes.set_yscale("symlog", linthresh=1)
         axes.set_yticks(POINTS, [f"{tick:g}" for tick in POINTS], minor=False)
-        axes.set_ylim(min(POINTS), 1)
+        axes.set_ylim(min(POINTS), max(POINTS))
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(
             xscale="log",
