@@ -18,7 +18,7 @@ from subspace_store.merging.basis import reconstruct
 from subspace_store.merging.merge import merge_adapters
 from tests.acceptance.conftest import ONEBASIS, ROOT, Site
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 DOWN = 10
 """Exit code of `onebasis status` where no service runs."""
