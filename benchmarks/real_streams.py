@@ -105,16 +105,12 @@ def measure(
     base = base_model()
     store = SubspaceStore.open(fresh_storage(), settings=merging, base_model=base.name, writer="benchmark")
     rows, delivered, held, wholes = [], {}, {}, {}
+    train = partial(_trained_by, base, folder)
     for case in cases:
         if why := not_compared(case.spec, set_aside(case.train)[1]):
             say(f"{case.spec.name}: left out, {why}")
             continue
         version = store.state.refs["candidate"]
-
-        def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
-            where = which if given is NOTHING else f"{which}-in-{name_of(given)}"
-            return trained(base, case, name, rows, folder, where, given)
-
         raced = race(base, case, store, train)
         adapter, separate = raced.adapter, race(base, case, store, train, only_lora=True).adapter
         whole = trained(base, case, "lora", case.train, folder, ALL)
@@ -205,6 +201,7 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
     cases = list(related(data, NEW_TASKS.stop))
     made_of = [trained(base, case, "lora", set_aside(case.train)[0], folder) for case in cases[: max(BASES)[0]]]
     found: list[Figures] = []
+    train = partial(_trained_by, base, folder)
     for case in (cases[number] for number in NEW_TASKS):
         rest, validation = set_aside(case.train)
         whole = trained(base, case, "lora", rest, folder)
@@ -212,9 +209,6 @@ def directions(data: Path | None, folder: Path, say: Callable[[str], None]) -> F
 
         def judge(adapter: Adapter, case: Case = case, validation: Any = validation) -> tuple[float, ...]:
             return score_adapter(base, adapter, validation, auto.validation_spec(case.spec)).per_row
-
-        def train(case: Case, name: str, rows: Sequence[Row], which: str, given: Given) -> Adapter:
-            return trained(base, case, name, rows, folder, f"{which}-in-{name_of(given)}", given)
 
         row["lora"] = {"score": statistics.fmean(judge(whole)), "numbers": whole.numbers}
         for tasks, count in BASES:
@@ -344,6 +338,14 @@ def trained(
     if not file.is_file():
         keep(file, adapter_to_bytes(made(base, case, name, rows, given)))
     return adapter_from_bytes(file.read_bytes(), str(file))
+
+
+def _trained_by(
+    base: BaseModel, folder: Path, case: Case, name: str, rows: Sequence[Row], which: str, given: Given
+) -> Adapter:
+    """A `Train` that keeps its adapters in a folder."""
+    where = which if given is NOTHING else f"{which}-in-{name_of(given)}"
+    return trained(base, case, name, rows, folder, where, given)
 
 
 def made(

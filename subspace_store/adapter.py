@@ -128,6 +128,11 @@ class Adapter:
         return SIZED in self.info
 
     @property
+    def directions(self) -> int:
+        """Singular values of its updates, all together."""
+        return sum(update.rank for update in self.modules.values())
+
+    @property
     def numbers(self) -> int:
         """Numbers in which its updates are kept by themselves; the head is not counted."""
         return sum(update.numbers for update in self.modules.values())

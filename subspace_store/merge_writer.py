@@ -152,7 +152,7 @@ class Draft:
                 adapter=adapter,
                 coefficients=coefficients,
                 delivered_energy=delivered[arrival.task_id],
-                rank_total=sum(update.rank for update in arrival.adapter.modules.values()),
+                rank_total=arrival.adapter.directions,
                 error_at_birth=errors[arrival.task_id],
                 parameter_count=known.get(arrival.task_id, arrival.adapter).parameter_count,
                 head_count=sum(tensor.numel() for tensor in arrival.adapter.head.values()),

@@ -320,8 +320,7 @@ class _Attempt:
     def _recovery(self, trained: _Attempt, cut: Adapter, report: Report, rows: str = "") -> _Attempt:
         """A run that trains on what is left of a candidate: of one in a basis its coefficients there, as a refinement
         does."""
-        count = sum(update.rank for update in cut.modules.values())
-        candidate = self._candidate(trained.method_name, report, f"{rows} cut to {count}")
+        candidate = self._candidate(trained.method_name, report, f"{rows} cut to {cut.directions}")
         candidate._order = replace(candidate._order, spec=auto.recovery(candidate._order.spec, cut))
         candidate._cut, candidate._cut_in = cut, trained.version if trained.leased else 0
         return candidate
@@ -520,8 +519,8 @@ class _Race:
         self._runs: list[tuple[_Attempt, TrainingRun]] = []
 
     def won(self) -> tuple[Adapter, TrainingRun]:
-        """Train the candidates and what is left of the LoRA after cuts, without the validation rows; then the form that
-        is kept once more, on all rows."""
+        """Train the candidates, and what cuts leave of them, without the validation rows; then what is kept once more,
+        on all rows."""
         attempt, spec, finished = self._attempt, self._spec, self._candidates()
         judged = auto.validation_spec(spec)
         kept, lines = auto.chosen(
@@ -536,9 +535,8 @@ class _Race:
             attempt._say(line)
         winner, adapter = finished[kept.method][0], kept.adapter
         if self._at_last:
-            again = (
-                "what is left of the lora is trained on" if kept.directions else f"{kept.method} is trained once more"
-            )
+            how = f"what is left of {kept.method} is trained on" if kept.directions else f"{kept.method} is trained"
+            again = f"{how} once more"
             attempt._say(f"auto: {again}, on all {len(self._rows):,} rows")
             try:
                 winner, adapter = self._on_all_rows(kept, *finished[kept.method])
@@ -575,7 +573,6 @@ class _Race:
         """Each validation row's share in an adapter's score."""
         found: list[float] = []
         if self._group.rank.leads:
-            free_memory()
             self._attempt._report(Progress(token=self._attempt._order.token, phase=Phase.SCORING))
             stop = stopper(self._attempt._asked)
             score = score_adapter(self._attempt._base, adapter, self._validation, judged, stop)
@@ -589,7 +586,7 @@ class _Race:
         if trained.method_name != "lora" and not trained.leased:
             return None
         after = self._tries_left + self._at_last
-        name = f"{trained.method_name} cut to {sum(update.rank for update in cut.modules.values())}"
+        name = f"{trained.method_name} cut to {cut.directions}"
         recovery = self._attempt._recovery(trained, cut, self._among(name, auto.RECOVERY, after))
         try:
             return self._run(recovery, self._rest)
@@ -621,6 +618,7 @@ class _Race:
     def _run(self, attempt: _Attempt, rows: Sequence[Row]) -> Adapter:
         adapter, run = attempt._raced_before() or attempt._race(rows)
         self._runs.append((attempt, run))
+        free_memory()
         # What was cut and trained on is of the LoRA that was asked for, and refined nothing that was merged.
         info = {name: fact for name, fact in adapter.info.items() if name != "refined_in"}
         return replace(adapter, info=info | {"lora": self._spec.lora.model_dump_json()})

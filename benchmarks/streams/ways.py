@@ -65,8 +65,7 @@ def separate(shop: Workshop, stream: Stream) -> Learned:
 def longer(shop: Workshop, stream: Stream) -> Learned:
     """A LoRA for each task, trained on as `auto` trains on what a cut leaves, but whole."""
     found = {}
-    for case in stream.cases:
-        whole = shop.train(at_rate(case, _lora_rate(shop)), "lora")
+    for case, whole in zip(stream.cases, _loras(shop, stream).values(), strict=True):
         spec = recovery(_by(at_rate(case, _lora_rate(shop)), "lora").spec, whole.adapter)
         given = Given(start=whole.adapter)
         made = shop.train(replace(case, spec=spec), "longer", of=name_of(given), given=given)

@@ -242,13 +242,16 @@ def test_a_form_of_auto_is_kept_to_the_last_number_and_any_other_adapter_to_a_sh
 # What is left of a LoRA is trained on
 
 
-def recovering(enough: int, tried: list[int]) -> Callable[[str, Adapter], Adapter | None]:
-    """A recovery that makes a cut of so many directions or more as good as the whole."""
+def recovering(enough: int, tried: list[tuple[str, int]]) -> Callable[[str, Adapter], Adapter | None]:
+    """A recovery that makes a cut of so many directions or more as good as the whole.
+
+    Args:
+        tried: Is told each method and count of directions.
+    """
 
     def train_on(method: str, cut: Adapter) -> Adapter | None:
-        count = sum(update.rank for update in cut.modules.values())
-        tried.append(count)
-        return replace(cut, info={"recovered": "well" if count >= enough else "badly"})
+        tried.append((method, cut.directions))
+        return replace(cut, info={"recovered": "well" if cut.directions >= enough else "badly"})
 
     return train_on
 
@@ -256,7 +259,7 @@ def recovering(enough: int, tried: list[int]) -> Callable[[str, Adapter], Adapte
 @pytest.mark.parametrize(("enough", "kept_at"), [(1, 2), (3, 4), (5, 8), (9, 0)])
 def test_the_smallest_cut_that_recovers_is_kept_and_found_in_few_trainings(enough: int, kept_at: int) -> None:
     lora = random_adapter(2, rank=16)  # two layers
-    tried: list[int] = []
+    tried: list[tuple[str, int]] = []
 
     def score(adapter: Adapter) -> list[float]:
         recovered = adapter.info.get("recovered")
@@ -264,25 +267,25 @@ def test_the_smallest_cut_that_recovers_is_kept_and_found_in_few_trainings(enoug
 
     kept, said = auto.chosen({"lora": lora}, score, 0.005, train_on=recovering(enough, tried))
     assert kept.directions == kept_at
-    assert sum(update.rank for update in kept.adapter.modules.values()) == (kept_at or 32)
+    assert kept.adapter.directions == (kept_at or 32)
     assert kept.numbers == auto.leading(lora, kept_at or 32).numbers
     assert len(tried) == len(set(tried)) <= auto.TRIES
     assert sum("and trained on, scores" in line for line in said) == len(tried)
-    assert sum(line.endswith(", too little") for line in said) == sum(count < enough for count in tried)
+    assert sum(line.endswith(", too little") for line in said) == sum(count < enough for _, count in tried)
 
 
 def test_no_cut_is_trained_on_that_is_not_smaller_than_one_that_is_good_enough_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(auto, "SHARES", (0.9, 1.0))
-    drawn, tried = random_adapter(2, rank=16), list[int]()
+    drawn, tried = random_adapter(2, rank=16), list[tuple[str, int]]()
     sigmas = [torch.tensor([10.0] * strong + [1.0] * (16 - strong)) for strong in (3, 2)]
     updates = zip(drawn.modules.items(), sigmas, strict=True)
     lora = replace(drawn, modules={name: replace(update, sigma_R=sigma_R) for (name, update), sigma_R in updates})
-    assert sum(update.rank for update in auto.cut(lora, 0.9).modules.values()) == 5
+    assert auto.cut(lora, 0.9).directions == 5
     kept, _ = auto.chosen({"lora": lora}, lambda _: [0.9] * 30, 0.005, train_on=recovering(3, tried))
     assert kept.directions == 2
-    assert set(tried) <= {2, 4}  # and not 8
+    assert {count for _, count in tried} <= {2, 4}  # and not 8
 
 
 def test_a_cut_that_cannot_be_trained_on_costs_nothing_but_the_try() -> None:
@@ -297,14 +300,13 @@ def test_a_candidate_that_is_worse_than_the_other_is_not_trained_on(
 ) -> None:
     monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
     found = {"share": random_adapter(1, rank=16), "lora": random_adapter(2, rank=16)}
-    tried: list[str] = []
+    tried: list[tuple[str, int]] = []
 
-    def train_on(method: str, cut: Adapter) -> Adapter | None:
-        tried.append(method)
-        return None
+    def score(adapter: Adapter) -> list[float]:
+        return [0.8 if adapter is found[worse] else 0.9] * 30
 
-    kept, _ = auto.chosen(found, lambda one: [0.8 if one is found[worse] else 0.9] * 30, 0.005, train_on=train_on)
-    assert {kept.method} == set(tried) == {*found} - {worse}
+    kept, _ = auto.chosen(found, score, 0.005, train_on=recovering(1, tried))
+    assert {kept.method} == {method for method, _ in tried} == {*found} - {worse}
 
 
 def test_the_candidate_with_the_fewest_numbers_is_trained_on_first_and_often_spares_the_other(
@@ -312,17 +314,13 @@ def test_the_candidate_with_the_fewest_numbers_is_trained_on_first_and_often_spa
 ) -> None:
     monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
     found = {"lora": random_adapter(2, rank=16), "share": random_adapter(1, rank=16)}
-    tried: list[str] = []
-
-    def train_on(method: str, cut: Adapter) -> Adapter | None:
-        tried.append(method)
-        return replace(cut, info={"recovered": "well"})
+    tried: list[tuple[str, int]] = []
 
     def numbers(method: str, adapter: Adapter) -> int:
         return adapter.numbers if method == "lora" else adapter.numbers // 100
 
-    kept, _ = auto.chosen(found, lambda _: [0.9] * 30, 0.005, numbers, train_on=train_on)
-    assert (kept.method, kept.directions, set(tried)) == ("share", 2, {"share"})
+    kept, _ = auto.chosen(found, lambda _: [0.9] * 30, 0.005, numbers, train_on=recovering(1, tried))
+    assert (kept.method, kept.directions, {method for method, _ in tried}) == ("share", 2, {"share"})
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -359,37 +357,48 @@ def test_what_is_left_is_trained_on_in_its_own_directions_alone_with_steps_of_th
 # The candidates as runs
 
 
+Run = tuple[int, int, Adapter, Adapter]
+"""Steps, rows, what it begins with, what it ends with."""
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """What is trained, run by run."""
+    runs: list[Run] = []
+
+    def fitting(model: Any, base: Any, rows: Any, spec: TaskSpec, *others: Any) -> Any:
+        before = lora.finish(model, base, spec)
+        run = fit(model, base, rows, spec, *others)
+        runs.append((spec.training.max_steps, len(rows), before, lora.finish(model, base, spec)))
+        return run
+
+    monkeypatch.setattr(training, "fit", fitting)
+    return runs
+
+
 def test_a_lora_that_recovers_from_a_cut_is_kept_so_small_and_made_once_more_on_all_rows(
-    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ran: list[Run]
 ) -> None:
-    ran: list[tuple[int, int, Adapter, Adapter]] = []  # steps, rows, what it begins with, what it ends with
     choose = auto.chosen
 
     def lenient(found: Any, score: Any, loss_max: float, *others: Any) -> Any:
         return choose(found, score, 1.0, *others)
 
-    def fitting(model: Any, base: Any, rows: Any, spec: TaskSpec, *others: Any) -> Any:
-        before = lora.finish(model, base, spec)
-        run = fit(model, base, rows, spec, *others)
-        ran.append((spec.training.max_steps, len(rows), before, lora.finish(model, base, spec)))
-        return run
-
     monkeypatch.setattr(auto, "chosen", lenient)
     monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
-    monkeypatch.setattr(training, "fit", fitting)
     trained = desk.train(tiny("bert"), task(method={"candidates": ("lora",)}))
     adapter, count = desk.staged(trained), len(ran)
     assert adapter.is_sized
     assert json.loads(adapter.info["lora"])["r"] == 4
     whole = ran[0][3]
-    kept = sum(update.rank for update in adapter.modules.values())
-    assert kept == max(1, round(auto.SIZES[0] * sum(update.rank for update in whole.modules.values())))
+    kept = adapter.directions
+    assert kept == max(1, round(auto.SIZES[0] * whole.directions))
     assert [steps for steps, *_ in ran] == [12, *[6] * (count - 1)]
     rest = len(validation.set_aside(open_rows(desk.storage, "data/train", task()))[0])
     assert [rows for _, rows, *_ in ran] == [*[rest] * (count - 1), COUNT]
     assert trained.steps == sum(steps for steps, *_ in ran)
     for _, _, begin, end in ran[1:]:
-        left = auto.leading(whole, sum(update.rank for update in end.modules.values()))
+        left = auto.leading(whole, end.directions)
         for name, delta in deltas(begin).items():
             assert torch.allclose(delta, deltas(left)[name], atol=1e-5)
             assert not torch.allclose(delta, deltas(end)[name], atol=1e-5)
@@ -639,35 +648,33 @@ def test_what_was_trained_in_the_basis_of_main_costs_its_coefficients_and_is_kep
 
 @pytest.mark.parametrize(("settings", "directions"), [({}, 4), (RENEWED, 3)], ids=["first basis", "renewed basis"])
 def test_what_a_cut_leaves_of_coefficients_is_trained_on_in_the_same_basis(
-    desk: Desk, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], directions: int
+    desk: Desk,
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    ran: list[Run],
+    settings: dict[str, Any],
+    directions: int,
 ) -> None:
-    ran: list[tuple[int, Adapter, Adapter]] = []  # rows, what it begins with, what it ends with
     choose = auto.chosen
 
     def lenient(found: Any, score: Any, loss_max: float, *others: Any) -> Any:
         return choose({"share": found["share"]}, score, 1.0, *others)
-
-    def fitting(model: Any, base: Any, rows: Any, spec: TaskSpec, *others: Any) -> Any:
-        before = lora.finish(model, base, spec)
-        run = fit(model, base, rows, spec, *others)
-        ran.append((len(rows), before, lora.finish(model, base, spec)))
-        return run
 
     monkeypatch.setattr(auto, "chosen", lenient)
     monkeypatch.setattr(auto, "SHARES", (0.999, 1.0))
     monkeypatch.setattr(auto, "WORTH_TRAINING_IN", directions)
     base = tiny("bert")
     store = published(desk, base, **settings)
-    monkeypatch.setattr(training, "fit", fitting)
+    ran.clear()
     trained = desk.train(base, in_the_basis(r=2), staging_key="staging/t2/1-a/adapter.safetensors")
-    adapter, (_, _, whole) = desk.staged(trained), ran[0]
+    adapter, (_, _, _, whole) = desk.staged(trained), ran[0]
     assert (trained.method, trained.basis_version) == ("share", 1)
     assert adapter.is_sized
     assert json.loads(adapter.info["lora"])["r"] == 2
     assert "refined_in" not in adapter.info
-    kept = sum(update.rank for update in adapter.modules.values())
-    assert kept == max(1, round(auto.SIZES[0] * sum(update.rank for update in whole.modules.values())))
-    left, (rows, begin, end) = auto.leading(whole, kept), ran[-1]
+    kept = adapter.directions
+    assert kept == max(1, round(auto.SIZES[0] * whole.directions))
+    left, (_, rows, begin, end) = auto.leading(whole, kept), ran[-1]
     assert rows == COUNT
     for name, delta in deltas(adapter).items():
         assert torch.allclose(deltas(begin)[name], deltas(left)[name], atol=1e-5)
@@ -681,6 +688,7 @@ def test_what_a_cut_leaves_of_coefficients_is_trained_on_in_the_same_basis(
     assert store.footprint(2).total_numbers - before == 2 * directions * kept
     for name, delta in deltas(store.adapter("t2", 2)).items():
         assert torch.allclose(delta, deltas(adapter)[name], atol=1e-6)
+    assert f"auto: what is left of share is trained on once more, on all {COUNT} rows" in lines(desk)
     assert {f"share cut to {kept}", "share on all rows"} <= {beat.candidate for beat in desk.heartbeats}
 
 

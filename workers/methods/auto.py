@@ -254,7 +254,7 @@ def chosen(
     for one in sorted(whole.values(), key=lambda one: one.numbers):
         if one.method not in RECOVERED or not fits(one, whole=one):
             continue
-        counts = [max(1, round(size * sum(u.rank for u in one.adapter.modules.values()))) for size in SIZES]
+        counts = [max(1, round(size * one.adapter.directions)) for size in SIZES]
         all_cuts = [(count, leading(one.adapter, count)) for count in counts]
         cuts = [(count, cut) for count, cut in all_cuts if numbers(one.method, cut) < kept.numbers]
         kept = _first(partial(trained_on, one, cuts), len(cuts)) or kept
