@@ -317,7 +317,7 @@ def test_the_candidate_with_the_fewest_numbers_is_trained_on_first_and_often_spa
     tried: list[tuple[str, int]] = []
 
     def numbers(method: str, adapter: Adapter) -> int:
-        return adapter.numbers if method == "lora" else adapter.numbers // 100
+        return adapter.numbers if method == "lora" else adapter.numbers // 2
 
     kept, _ = auto.chosen(found, lambda _: [0.9] * 30, 0.005, numbers, train_on=recovering(1, tried))
     assert (kept.method, kept.directions, {method for method, _ in tried}) == ("share", 2, {"share"})
@@ -352,6 +352,8 @@ def test_what_is_left_is_trained_on_in_its_own_directions_alone_with_steps_of_th
     for name, update in again.modules.items():
         assert torch.allclose(update.delta(), cut.modules[name].delta(), rtol=1e-4, atol=1e-3)
     assert (asked.training.max_steps, asked.training.warmup_steps) == (6, 4.0)
+    short = spec.model_copy(update={"training": spec.training.model_copy(update={"warmup_steps": 1.0})})
+    assert auto.recovery(short, cut).training.warmup_steps == 1.0  # half a step would be half of all steps
 
 
 # The candidates as runs

@@ -302,7 +302,7 @@ def recovery(spec: TaskSpec, cut: Adapter) -> TaskSpec:
     if training.max_steps > 0:
         changes["max_steps"] = math.ceil(RECOVERY * training.max_steps)
     if training.warmup_steps >= 1:
-        changes["warmup_steps"] = RECOVERY * training.warmup_steps
+        changes["warmup_steps"] = max(1.0, RECOVERY * training.warmup_steps)  # below 1 it is a share of all steps
     rank = 1 if spec.method.name == "lora" else max(update.rank for update in cut.modules.values())
     left = {"r": rank, "lora_alpha": spec.lora.alpha_of(rank), "target_modules": tuple(cut.modules)}
     lora = spec.lora.model_copy(update=left)
