@@ -167,10 +167,21 @@ class Leadership:
         Raises:
             NotLeading: The lease of this number is not known to hold now.
         """
-        if self._fence != fence or time.monotonic() >= self._holds_until:
+        if self._fence != fence or not (time.monotonic() < self._holds_until or self._prolonged(fence)):
             raise NotLeading(
                 "this control plane could not prolong its lease, and gives no order", todo="wait: another one leads"
             )
+
+    def _prolonged(self, fence: int) -> bool:
+        """Prolong the lease now: once the database is back, the next order does not wait for the next step."""
+        asked = time.monotonic()
+        try:
+            held = self._lease.prolong(fence)
+        except OnebasisError:
+            return False
+        if held:
+            self._holds_until = asked + LEASE_SECONDS
+        return held
 
     @property
     def leads(self) -> bool:

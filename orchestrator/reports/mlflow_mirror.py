@@ -16,7 +16,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,52 @@ LIVE_SECONDS_MAX = 60.0
 """The longest. Between the two it is such that the mirror works for `LIVE_SHARE` of the time: with many tasks, or an
 MLflow that is slow, it becomes longer."""
 LIVE_SHARE = 0.05
+"""As much for each picture of scores: with many tasks, to draw one takes seconds."""
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
 """Tag of what a run shows: the newest version on the subspace's run, the record's revision on a task's run."""
+PICTURE_TAG = "onebasis.drawn"
+"""Tag on the subspace's run of the newest version that its picture shows, which may be an older one for a while."""
 Points = dict[tuple[str, int, float], float | None]
 """(metric, step, Unix time at which it came about) to value. MLflow ignores a point that it has with the same time;
 with the time of logging, every sync would add it once more."""
 TAG_CHARACTERS = 5000
 """Most characters of a tag, for any MLflow."""
 BATCH = 1000
-"""Metrics in one call: MLflow's own limit, and 100 times faster than one by one."""
+"""Metrics, parameters and tags in one call: MLflow's own limit, and 100 times faster than one by one."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a task's run shows of it: its tag `DONE_TAG`."""
+
+    shown: str = ""
+    """See `Mirror._shown`: the record's revision comes first."""
+    newest: int = 0
+    """Newest version with a score."""
+    count: int = 0
+    """Versions with a score."""
+
+    @classmethod
+    def read(cls, tag: str) -> _Mark:
+        """What `str` wrote. Of an earlier release's tag, or none, nothing is known."""
+        shown, _, versions = tag.rpartition(":")
+        newest, _, count = versions.partition("/")
+        return cls(shown, int(newest), int(count)) if newest.isdecimal() and count.isdecimal() else cls()
+
+    def __str__(self) -> str:
+        return f"{self.shown}:{self.newest}/{self.count}"
+
+    @property
+    def revision(self) -> str:
+        return self.shown.partition(":")[0]
+
+    def unsent(self, versions: Sequence[int]) -> Sequence[int]:
+        """Those of all versions with a score whose scores the run lacks."""
+        newer = [version for version in versions if version > self.newest]
+        # An older one may have been scored late, or left with a rollback: then all are sent, and what is there stays.
+        return newer if len(versions) - len(newer) == self.count else versions
 
 
 class Mirror:
@@ -69,10 +105,14 @@ class Mirror:
         self._client: Any = None
         self._experiment = ""
         self._runs: dict[str, str] = {}
-        self._marks: dict[str, str] = {}
+        self._marks: dict[str, _Mark] = {}
         """Task id to what its run shows: with a thousand tasks, asking MLflow for each would take seconds."""
+        self._params: dict[str, set[str]] = {}
+        """Task id to the parameters that its run has."""
         self._drawn: dict[str, str] = {}
         """Task id to what its loss plot shows."""
+        self._plotted: dict[str, int] = {}
+        """Id of a task that has not ended to the number of points in its loss plot."""
         self._counted: dict[str, tuple[float, int]] = {}
         """Id of a running task to the time until which its curve is taken to be as long as it was, and that length."""
         self._sent: dict[str, int] = {}
@@ -83,6 +123,10 @@ class Mirror:
         """Number up to which the queue's changes are mirrored: see `TaskQueue.changes`."""
         self._look_at = math.inf
         """Time of the next look without a call of `wake`."""
+        self._picture_at: dict[str, float] = {}
+        """Base model to the time before which its scores are not drawn again."""
+        self._late_picture_at = math.inf
+        """Time at which a picture that is older than what the run shows is drawn."""
         self.behind = True
         """Whether there is something that MLflow does not show yet."""
         self.working_since = 0.0
@@ -106,11 +150,14 @@ class Mirror:
             last = stop.is_set()
             if not last:
                 self._awake.wait(0.5)
-            if not self._awake.is_set() and time.monotonic() < self._look_at:
+            is_late = last and self._late_picture_at < math.inf
+            if not self._awake.is_set() and not is_late and time.monotonic() < self._look_at:
                 continue
             self._awake.clear()
             self.working_since = time.time()
             try:
+                if last:
+                    self._picture_at.clear()  # however recently they were drawn: nothing draws them later
                 self.sync()
                 self.error = ""
                 self.behind = self._awake.is_set()
@@ -126,6 +173,7 @@ class Mirror:
     def sync(self) -> None:
         """Bring MLflow to what the queue and the log say now. Running it twice changes nothing."""
         begun = time.monotonic()
+        self._late_picture_at = math.inf
         changed, following = self._queue.changes(self._seen)
         live = self._queue.in_flight()
         training = any(record.state is TaskState.TRAINING for record in live)
@@ -146,7 +194,8 @@ class Mirror:
         self._seen = following  # not before all is there: what failed is read again
         wanted = (time.monotonic() - begun) / LIVE_SHARE
         self._live_seconds = min(max(LIVE_SECONDS, wanted), LIVE_SECONDS_MAX)
-        self._look_at = time.monotonic() + self._live_seconds if training else math.inf
+        live_at = time.monotonic() + self._live_seconds if training else math.inf
+        self._look_at = min(live_at, self._late_picture_at)
 
     def begin_anew(self) -> str:
         """Put aside what MLflow shows of this service: the next `sync` makes all of it again.
@@ -214,6 +263,7 @@ class Mirror:
         self._client = None
         self._runs.clear()
         self._marks.clear()
+        self._params.clear()
         self._sent.clear()
         self._seen = 0
 
@@ -238,47 +288,33 @@ class Mirror:
 
     def _mirror_task(self, record: TaskRecord, state: SubspaceState, table: ScoreTable) -> None:
         rows = [v for v in table.versions if record.task_id in table.cells[v]]
-        mark = f"{self._shown(record)}:{rows[-1] if rows else 0}"
-        if self._marks.get(record.task_id) == mark:
+        mark = _Mark(self._shown(record), rows[-1] if rows else 0, len(rows))
+        known = self._marks.get(record.task_id)
+        if known == mark:
             return
         run = self._run(TASK_TAG, record.task_id, record.exact_title)
-        data = self._client.get_run(run).data
-        if data.tags.get(DONE_TAG, "") == mark:
+        if known is None:
+            data = self._client.get_run(run).data
+            known, self._params[record.task_id] = _Mark.read(data.tags.get(DONE_TAG, "")), set(data.params)
+            if known == mark:
+                self._marks[record.task_id] = mark
+                return
+        params = {k: v for k, v in _params(record).items() if k not in self._params[record.task_id]}
+        self._log_batch(run, {}, params=params)
+        self._params[record.task_id] |= params.keys()
+        tags = {DONE_TAG: str(mark)}
+        # Of a task that has ended, all else was shown when it did: a new version changes no more than its scores.
+        if record.state not in LIVE and known.revision == mark.revision:
+            self._log_batch(run, _scores(record, state, table, known.unsent(rows)), tags=tags)
             self._marks[record.task_id] = mark
             return
-        self._log_batch(run, {}, params={k: v for k, v in _params(record).items() if k not in data.params})
-        begun = record.submitted_at
-        metrics: Points = {
-            ("base_score", 0, begun): record.base_score,
-            ("local_score", 0, begun): record.local_score,
-            ("train_loss", 0, begun): record.train_loss,
-            ("train_seconds", 0, begun): record.train_seconds,
-        }
-        metrics |= {(f"local.{name}", 0, begun): value for name, value in record.metrics.items()}
-        if record.adapter_parameters:
-            metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
-        made = {version: state.versions[version].created_at for version in rows}
-        metrics |= {("score", version, made[version]): table.score(version, record.task_id) for version in rows}
-        lost = {version: table.general_loss(version, record.task_id) for version in rows}
-        metrics |= {("general_loss", v, made[v]): loss for v, loss in lost.items() if not math.isnan(loss)}
-        if record.earlier_rows:
-            for task_id, number in record.numbers_of_rows.items():
-                name = f"rows_of_revision_{number}"
-                metrics[f"local_score.{name}", 0, begun] = record.scores_of_rows.get(task_id)
-                metrics[f"main_score_before.{name}", 0, begun] = record.main_scores_of_rows.get(task_id)
-                metrics |= {(f"score.{name}", v, made[v]): table.on_rows(v, task_id) for v in rows}
-        if rows and rows[0] == table.birth.get(record.task_id) and record.local_score is not None:
-            gap = record.local_score - table.score(rows[0], record.task_id)
-            metrics["merge_gap", rows[0], made[rows[0]]] = gap
-        curve: list[Point] = []
-        # Of a task that has ended, the curve was shown with it: a new version changes no more than its score.
-        if record.state in LIVE or data.tags.get(DONE_TAG, "").partition(":")[0] != str(record.revision):
-            curve = self._queue.curve(record.task_id)
-            for point in curve[self._sent.get(record.task_id, 0) :]:
-                metrics |= _figures(point)
+        curve = self._queue.curve(record.task_id)
+        metrics = _figures_of_training(record) | _scores(record, state, table, rows)
+        for point in curve[self._sent.get(record.task_id, 0) :]:
+            metrics |= _figures(point)
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
-        tags = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500], DONE_TAG: mark}
+        tags |= {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500]}
         tags |= {"onebasis.warnings": "\n".join(record.warnings)[:TAG_CHARACTERS]} if record.warnings else {}
         self._log_batch(run, metrics, tags=tags)
         if record.state in LIVE:
@@ -307,8 +343,11 @@ class Mirror:
         known = self._drawn.get(record.task_id, shown if record.state not in LIVE and path.exists() else "")
         if shown != known:
             points = [point for point in self._queue.curve(record.task_id) if point.method != "refine"]
-            if points:
+            if points and len(points) != self._plotted.get(record.task_id):  # its revision alone may have changed
                 draw_loss_plot(points, record.title, path)
+            self._plotted[record.task_id] = len(points)
+        if record.state not in LIVE:
+            self._plotted.pop(record.task_id, None)
         self._drawn[record.task_id] = shown
 
     def _log_plot(self, run: str, plot: Path) -> None:
@@ -322,10 +361,23 @@ class Mirror:
     ) -> None:
         run = self._run(SUBSPACE_TAG, name, f"subspace {name}")
         main = state.refs[MAIN]
-        done = self._client.get_run(run).data.tags.get(DONE_TAG, "")
-        if done == str(main):
-            return
-        logged = int(done or 0)
+        tags = self._client.get_run(run).data.tags
+        if (done := tags.get(DONE_TAG, "")) != str(main):
+            self._mirror_versions(name, run, state, table, records, int(done or 0))
+            self._point_alias(name, main)
+            self._client.set_tag(run, DONE_TAG, str(main))
+        if tags.get(PICTURE_TAG, "") != str(main):
+            self._draw_in_time(name, run, state, table)
+
+    def _mirror_versions(
+        self,
+        name: str,
+        run: str,
+        state: SubspaceState,
+        table: ScoreTable,
+        records: Mapping[str, TaskRecord],
+        logged: int,
+    ) -> None:
         local = {t: r.local_score for t, r in records.items() if r.local_score is not None}
         registered = self._registered(name)
         for version in table.versions:
@@ -334,9 +386,17 @@ class Mirror:
                 self._mirror_version(run, state, table, version, local)
                 if version not in registered:
                     self._register(name, run, state, version)
+
+    def _draw_in_time(self, name: str, run: str, state: SubspaceState, table: ScoreTable) -> None:
+        """Draw the scores, unless that would take more than its share of the time: then a later round does."""
+        begun = time.monotonic()
+        if begun < (due := self._picture_at.get(name, 0.0)):
+            self._late_picture_at = min(self._late_picture_at, due)
+            return
         self._draw(name, run, state, table)
-        self._point_alias(name, main)
-        self._client.set_tag(run, DONE_TAG, str(main))
+        self._client.set_tag(run, PICTURE_TAG, str(state.refs[MAIN]))
+        wanted = (time.monotonic() - begun) / LIVE_SHARE
+        self._picture_at[name] = time.monotonic() + min(wanted, LIVE_SECONDS_MAX)
 
     def _mirror_version(
         self, run: str, state: SubspaceState, table: ScoreTable, number: int, local: Mapping[str, float]
@@ -423,13 +483,50 @@ class Mirror:
             for (key, step, at), value in metrics.items()
             if value is not None and value == value  # NaN is not measured: MLflow would draw it as a point
         ]
-        for start in range(0, len(known), BATCH):
+        texts = {
+            "params": [Param(key, value[:500]) for key, value in (params or {}).items()],
+            "tags": [RunTag(key, value) for key, value in (tags or {}).items()],
+        }
+        alone = len(known) + len(texts["params"]) + len(texts["tags"]) > BATCH
+        for start in range(0, len(known) if alone else 0, BATCH):
             self._client.log_batch(run, metrics=known[start : start + BATCH])
-        self._client.log_batch(
-            run,
-            params=[Param(key, value[:500]) for key, value in (params or {}).items()],
-            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
-        )
+        rest = texts if alone else {"metrics": known, **texts}
+        if any(rest.values()):
+            self._client.log_batch(run, **rest)
+
+
+def _figures_of_training(record: TaskRecord) -> Points:
+    """What became of a task before it was merged."""
+    begun = record.submitted_at
+    metrics: Points = {
+        ("base_score", 0, begun): record.base_score,
+        ("local_score", 0, begun): record.local_score,
+        ("train_loss", 0, begun): record.train_loss,
+        ("train_seconds", 0, begun): record.train_seconds,
+    }
+    metrics |= {(f"local.{name}", 0, begun): value for name, value in record.metrics.items()}
+    if record.adapter_parameters:
+        metrics["adapter_parameters", 0, begun] = float(record.adapter_parameters)
+    for task_id, number in (record.numbers_of_rows if record.earlier_rows else {}).items():
+        name = f"rows_of_revision_{number}"
+        metrics[f"local_score.{name}", 0, begun] = record.scores_of_rows.get(task_id)
+        metrics[f"main_score_before.{name}", 0, begun] = record.main_scores_of_rows.get(task_id)
+    return metrics
+
+
+def _scores(record: TaskRecord, state: SubspaceState, table: ScoreTable, versions: Sequence[int]) -> Points:
+    """A task's scores under these versions."""
+    made = {version: state.versions[version].created_at for version in versions}
+    metrics: Points = {("score", v, at): table.score(v, record.task_id) for v, at in made.items()}
+    lost = {version: table.general_loss(version, record.task_id) for version in versions}
+    metrics |= {("general_loss", v, made[v]): loss for v, loss in lost.items() if not math.isnan(loss)}
+    for task_id, number in (record.numbers_of_rows if record.earlier_rows else {}).items():
+        name = f"score.rows_of_revision_{number}"
+        metrics |= {(name, v, at): table.on_rows(v, task_id) for v, at in made.items()}
+    birth = table.birth.get(record.task_id)
+    if versions and versions[0] == birth and record.local_score is not None:
+        metrics["merge_gap", birth, made[birth]] = record.local_score - table.score(birth, record.task_id)
+    return metrics
 
 
 def _figures(point: Point) -> Points:

@@ -59,11 +59,12 @@ class Site:
         return "\n".join(log.read_text().splitlines()[-60:]) if log.exists() else ""
 
     def wait(self, what: str, is_true: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait for something to become true."""
-        until = time.monotonic() + seconds
+        """Wait for something to become true. What takes long is asked for less often: each look takes CPU time."""
+        begun = time.monotonic()
         while not is_true():
-            assert time.monotonic() < until, f"not within {seconds} s: {what}\n{self.ask('tasks')}\n{self.log()}"
-            time.sleep(0.1)
+            waited = time.monotonic() - begun
+            assert waited < seconds, f"not within {seconds} s: {what}\n{self.ask('tasks')}\n{self.log()}"
+            time.sleep(0.1 if waited < 2 else 0.3)
 
     def wait_for_state(self, title: str, *states: str, seconds: float = 180) -> dict[str, Any]:
         """Wait until a task is in one of the states; the task."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import InvalidInput, NotLeading
+from configs.errors import DatabaseAway, InvalidInput, NotLeading
 from orchestrator import leadership
 from orchestrator.leadership import Leadership, Move, next_move, refuse_other_settings, shared_settings
 from orchestrator.tasks.leader_lease import LEASE_SECONDS, Member, Seen, Standing
@@ -51,7 +51,7 @@ class StandInLease:
 
     def beat(self, member: Member) -> None:
         if self.is_away:
-            raise NotLeading("away")
+            raise DatabaseAway("away")
 
     def look(self) -> Seen:
         return self.now
@@ -61,6 +61,8 @@ class StandInLease:
         return self.now.fence
 
     def prolong(self, fence: int) -> bool:
+        if self.is_away:
+            raise DatabaseAway("away")
         return self.now.fence == fence
 
     def give_up(self, fence: int) -> None:
@@ -85,10 +87,14 @@ def test_a_leader_gives_no_order_when_it_could_not_prolong_its_lease_and_again_w
     assert told == [1]
     one.check(1)
     clock[0] += LEASE_SECONDS
+    lease.is_away = True
     with pytest.raises(NotLeading):
         one.check(1)
-    one.step()
-    one.check(1)
+    lease.is_away = False
+    one.check(1)  # the database is back: no order waits for the next step
+    lease.is_away = True
+    clock[0] += LEASE_SECONDS - 0.1
+    one.check(1)  # prolonged by that order
     with pytest.raises(NotLeading):
         one.check(0)  # what is left of an earlier time as the leader
 
@@ -98,6 +104,9 @@ def test_a_leader_that_was_overtaken_stands_by_and_names_the_other(clock: list[f
     one = Leadership(lease, ME, "{}", told.append, lambda: told.append("end"))  # type: ignore[arg-type]
     one.step()
     lease.now = seen(fence=2)
+    clock[0] += LEASE_SECONDS
+    with pytest.raises(NotLeading):
+        one.check(1)  # overtaken, and no step has seen it yet
     one.step()
     assert told == [1, "end"]
     with pytest.raises(NotLeading):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,11 +102,15 @@ class Mirrored:
         return int(self.client.get_model_version_by_alias("tiny", "main").tags["onebasis.version"])
 
     def everything(self) -> dict[str, Any]:
-        """All that MLflow shows, without its own ids and times."""
+        """All that MLflow shows, without its own ids and times, and without how old the picture of scores is."""
         runs = {
             name: {
                 "params": run.data.params,
-                "tags": {key: value for key, value in run.data.tags.items() if key.startswith("onebasis.")},
+                "tags": {
+                    key: value
+                    for key, value in run.data.tags.items()
+                    if key.startswith("onebasis.") and key != mlflow_mirror.PICTURE_TAG
+                },
                 "status": run.info.status,
                 "metrics": {key: self.history(name, key) for key in run.data.metrics},
             }
@@ -281,6 +287,54 @@ def test_the_picture_is_beside_the_state_and_among_the_artifacts(mirrored: Mirro
     assert "scores.png" in {file.path for file in mirrored.client.list_artifacts(run)}
     kept = json.loads(next(folder.glob("mlflow-artifacts/**/versions/2/version.json")).read_text())
     assert kept["tasks"] == ["blue/b", "red/a"]
+
+
+@pytest.mark.changes
+def test_scores_are_drawn_within_a_share_of_the_time_and_at_the_end(
+    mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, drawn = mirrored.mirror, list[list[int]]()
+    monkeypatch.setattr(mlflow_mirror, "draw_heat_map", lambda table, *_: drawn.append(table.versions))
+    mirrored.roll(1)  # the fixture drew version 2 a moment ago
+    mirror.sync()
+    assert drawn == []
+    assert mirror._look_at <= time.monotonic() + mlflow_mirror.LIVE_SECONDS_MAX
+    mirror._picture_at.clear()  # that moment is over
+    mirror.sync()
+    assert [len(versions) for versions in drawn] == [1]
+    mirror.sync()
+    mirrored.fresh_mirror().sync()  # what is drawn stays drawn, whoever looks
+    assert (len(drawn), mirror._look_at) == (1, math.inf)
+    mirrored.roll(2)
+    stop = threading.Event()
+    stop.set()
+    mirror.run(stop)
+    assert [len(versions) for versions in drawn] == [1, 2]
+
+
+@pytest.mark.changes
+def test_a_new_version_sends_a_tasks_new_scores_alone(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, told = mirrored.mirror._client, list[tuple[str, Any]]()
+    for name in ("log_batch", "get_run", "log_artifact", "set_terminated"):
+        real = getattr(client, name)
+        monkeypatch.setattr(
+            client,
+            name,
+            lambda run, *rest, _name=name, _real=real, **what: (
+                told.append((_name, run, what)),
+                _real(run, *rest, **what),
+            )[1],
+        )
+    run = mirrored.runs()["red/a"].info.run_id
+    mirrored.plant.submit("red/c")
+    mirrored.plant.run()
+    mirrored.mirror.sync()
+    ours = [(name, what) for name, asked, what in told if asked == run]
+    assert [name for name, _ in ours] == ["log_batch"]
+    assert [(m.key, m.step, m.value) for m in ours[0][1]["metrics"]] == [("score", 4, 0.88)]
+    before = mirrored.everything()
+    mirrored.fresh_mirror().sync()
+    assert mirrored.everything() == before
 
 
 @pytest.mark.changes
