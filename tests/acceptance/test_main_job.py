@@ -27,7 +27,7 @@ DOWN = 10
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The state that `make demo` leaves behind, but that `auto` races for one task instead of two: a minute of each CPU."""
+    """The state that `make demo` leaves behind, with one task of `auto` instead of two, which saves a minute."""
     site = Site(tmp_path_factory.mktemp("demo"))
     examples = shutil.copytree(ROOT / "examples", site.folder / "examples")
     task = examples / "tasks/contradiction.yaml"
