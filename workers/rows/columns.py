@@ -256,8 +256,12 @@ def check_unpacked(bytes_: int, size_bytes: int, where: str) -> None:
         )
 
 
-def check_columns(columns: Columns, names: Collection[str], where: str) -> None:
-    """Refuse a file, or a row, that lacks a column. Raises InvalidInput."""
+def check_columns(columns: Columns, names: Collection[str], where: str, or_else: str = "") -> None:
+    """Refuse a file, or a row, that lacks a column. Raises InvalidInput.
+
+    Args:
+        or_else: What else to do where no name is like the column's.
+    """
     for key, column in columns.items():
         if column not in names:
             short = (name for name in names if len(name) <= SHOWN_CHARACTERS)
@@ -265,21 +269,22 @@ def check_columns(columns: Columns, names: Collection[str], where: str) -> None:
             raise InvalidInput(
                 f"has no column {shown([column])}; it has {shown(sorted(names))}",
                 where,
-                f"data.{key} names the column" + (f"; did you mean {shown(near)}?" if near else ""),
+                f"data.{key} names the column" + (f"; did you mean {shown(near)}?" if near else or_else),
             )
 
 
-def check_header(columns: Columns, names: Sequence[str], where: str, unread: Unread) -> None:
+def check_header(columns: Columns, names: Sequence[str], where: str, unread: Unread, or_else: str = "") -> None:
     """As `check_columns`; and refuse a file that has such a column twice, or too many. Raises InvalidInput.
 
     Args:
         unread: Takes the names of the others.
+        or_else: As in `check_columns`.
     """
     if len(names) > COLUMNS_MAX:
         raise InvalidInput(
             f"has {len(names)} columns, more than {COLUMNS_MAX}", where, "leave out those that the task does not name"
         )
-    check_columns(columns, names, where)
+    check_columns(columns, names, where, or_else)
     for column in columns.values():
         if names.count(column) > 1:
             raise InvalidInput(f"has the column {shown([column])} twice", where, "name each column once")

@@ -82,7 +82,8 @@ class _Table:
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True, skipinitialspace=is_spaced)
         number, names = next(self)
         self.names = _stripped(names, columns)
-        check_header(columns, self.names, f"{path}, line {number} (the names of the columns)", unread)
+        or_else = "; if this line is a row already, put a line with the names above it"
+        check_header(columns, self.names, f"{path}, line {number} (the names of the columns)", unread, or_else)
 
     def __iter__(self) -> _Table:
         return self

@@ -130,6 +130,7 @@ def test_rows_of_csv_are_named_by_number_and_by_the_line_on_which_they_begin(tmp
         ("\n", None),
         ("text,label\n", None),
         ("i love it,1\nso bad,0\n", "(the names of the columns): has no column 'text'; it has '1', 'i love it'"),
+        ("i love it,1\nso bad,0\n", "; if this line is a row already, put a line with the names above it"),
         ("txt,label\nx,1", "data.text_column names the column; did you mean 'txt'?"),
         ("text,label,text\nx,1,y", "(the names of the columns): has the column 'text' twice"),
         ("text,label\nx,1\nhello, you,1\n", ", row 2 (line 3): has 3 fields, the first line 2"),
