@@ -142,9 +142,7 @@ class Leadership:
         match next_move(seen, self._member.member_id, self._fence):
             case Move.PROLONG:
                 assert self._fence is not None
-                if self._lease.prolong(self._fence):
-                    self._holds_until = asked + LEASE_SECONDS
-                else:
+                if not self._prolong(self._fence):
                     self._step_down()
             case Move.TAKE:
                 fence = self._lease.take(seen, self._member, self._settings)
@@ -167,19 +165,21 @@ class Leadership:
         Raises:
             NotLeading: The lease of this number is not known to hold now.
         """
-        if self._fence != fence or not (time.monotonic() < self._holds_until or self._prolonged(fence)):
+        if self._fence != fence or not (time.monotonic() < self._holds_until or self._held_again(fence)):
             raise NotLeading(
                 "this control plane could not prolong its lease, and gives no order", todo="wait: another one leads"
             )
 
-    def _prolonged(self, fence: int) -> bool:
+    def _held_again(self, fence: int) -> bool:
         """Prolong the lease now: once the database is back, the next order does not wait for the next step."""
-        asked = time.monotonic()
         try:
-            held = self._lease.prolong(fence)
+            return self._prolong(fence)
         except OnebasisError:
             return False
-        if held:
+
+    def _prolong(self, fence: int) -> bool:
+        asked = time.monotonic()
+        if held := self._lease.prolong(fence):
             self._holds_until = asked + LEASE_SECONDS
         return held
 

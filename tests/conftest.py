@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="onebasis-config-")
+_CONFIG = tempfile.TemporaryDirectory(prefix="onebasis-config-")
+os.environ["XDG_CONFIG_HOME"] = _CONFIG.name
 os.environ.pop("ONEBASIS_CONTEXT", None)
 
 gc.disable()

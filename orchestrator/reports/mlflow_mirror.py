@@ -47,7 +47,7 @@ LIVE_SHARE = 0.05
 TASK_TAG = "onebasis.task_id"
 SUBSPACE_TAG = "onebasis.subspace"
 DONE_TAG = "onebasis.logged"
-"""Tag of what a run shows: the newest version on the subspace's run, the record's revision on a task's run."""
+"""Tag of what a run shows: the newest version on the subspace's run, a `_Mark` on a task's run."""
 PICTURE_TAG = "onebasis.drawn"
 """Tag on the subspace's run of the newest version that its picture shows, which may be an older one for a while."""
 Points = dict[tuple[str, int, float], float | None]
@@ -72,10 +72,12 @@ class _Mark:
 
     @classmethod
     def read(cls, tag: str) -> _Mark:
-        """What `str` wrote. Of an earlier release's tag, or none, nothing is known."""
+        """What `str` wrote, or a release of 2026-11, which did not count the versions. Of any other tag nothing is
+        known."""
         shown, _, versions = tag.rpartition(":")
         newest, _, count = versions.partition("/")
-        return cls(shown, int(newest), int(count)) if newest.isdecimal() and count.isdecimal() else cls()
+        is_known = newest.isdecimal() and (count or "0").isdecimal()
+        return cls(shown, int(newest), int(count or 0)) if is_known else cls()
 
     def __str__(self) -> str:
         return f"{self.shown}:{self.newest}/{self.count}"
@@ -300,30 +302,34 @@ class Mirror:
                 self._marks[record.task_id] = mark
                 return
         params = {k: v for k, v in _params(record).items() if k not in self._params[record.task_id]}
-        self._log_batch(run, {}, params=params)
-        self._params[record.task_id] |= params.keys()
         tags = {DONE_TAG: str(mark)}
-        # Of a task that has ended, all else was shown when it did: a new version changes no more than its scores.
         if record.state not in LIVE and known.revision == mark.revision:
-            self._log_batch(run, _scores(record, state, table, known.unsent(rows)), tags=tags)
-            self._marks[record.task_id] = mark
-            return
+            # It has ended, and all else was shown when it did: a new version changes no more than its scores.
+            self._log_batch(run, _scores(record, state, table, known.unsent(rows)), params, tags)
+        else:
+            self._mirror_training(run, record, _scores(record, state, table, rows), params, tags)
+        self._params[record.task_id] |= params.keys()
+        self._marks[record.task_id] = mark
+
+    def _mirror_training(
+        self, run: str, record: TaskRecord, scores: Points, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Show all that is known of a task, but for the points of its curve that its run has."""
         curve = self._queue.curve(record.task_id)
-        metrics = _figures_of_training(record) | _scores(record, state, table, rows)
+        metrics = _figures_of_training(record) | scores
         for point in curve[self._sent.get(record.task_id, 0) :]:
             metrics |= _figures(point)
         if (plot := plot_file(self._settings.state_dir, record)).exists():
             self._log_plot(run, plot)
-        tags |= {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500]}
-        tags |= {"onebasis.warnings": "\n".join(record.warnings)[:TAG_CHARACTERS]} if record.warnings else {}
-        self._log_batch(run, metrics, tags=tags)
+        told = {"onebasis.state": str(record.state), "onebasis.reason": record.reason[:500]}
+        told |= {"onebasis.warnings": "\n".join(record.warnings)[:TAG_CHARACTERS]} if record.warnings else {}
+        self._log_batch(run, metrics, params, {**told, **tags})
         if record.state in LIVE:
             self._sent[record.task_id] = len(curve)
         else:
             self._sent.pop(record.task_id, None)
             is_fine = record.state in (TaskState.PUBLISHED, TaskState.REPLACED)
             self._client.set_terminated(run, "FINISHED" if is_fine else "FAILED")
-        self._marks[record.task_id] = mark
 
     def _shown(self, record: TaskRecord) -> str:
         """A text that changes with all that a task's run and plot show of its training; while it trains, now and

@@ -156,9 +156,10 @@ class LeaderLease:
             return seen.fence + 1 if connection.execute(taken).rowcount == 1 else None
 
     def prolong(self, fence: int) -> bool:
-        """Prolong the lease. False: somebody else leads by now."""
+        """Prolong the lease. False: somebody else leads by now, or it was given up."""
+        mine = (_lease.c.fence == fence) & (_lease.c.holder != "")
         with self._database.writing() as connection:
-            prolonged = update(_lease).where(_lease.c.fence == fence).values(until=_NOW + LEASE_SECONDS)
+            prolonged = update(_lease).where(mine).values(until=_NOW + LEASE_SECONDS)
             return connection.execute(prolonged).rowcount == 1
 
     def give_up(self, fence: int) -> None:

@@ -349,6 +349,23 @@ def test_a_new_version_sends_no_curve_of_what_ended_again(mirrored: Mirrored, mo
     assert "train.loss" not in sent
 
 
+@pytest.mark.changes
+def test_the_mark_of_a_release_of_2026_11_is_read(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mirrored.runs()["red/a"]
+    shown, _, _ = run.data.tags[mlflow_mirror.DONE_TAG].rpartition("/")
+    mirrored.client.set_tag(run.info.run_id, mlflow_mirror.DONE_TAG, shown)
+    sent = list[str]()
+    send = mlflow.MlflowClient.log_batch
+
+    def noting(client: Any, of: str, **what: Any) -> None:
+        sent.extend(metric.key for metric in what["metrics"] if of == run.info.run_id)
+        send(client, of, **what)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", noting)
+    mirrored.fresh_mirror().sync()
+    assert {*sent} == {"score", "merge_gap"}  # of all versions, since they were not counted
+
+
 def test_the_interval_of_what_grows_has_an_end(mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch) -> None:
     mirrored.mirror.sync()
     assert mirrored.mirror._live_seconds == mlflow_mirror.LIVE_SECONDS

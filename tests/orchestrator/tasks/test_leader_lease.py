@@ -58,6 +58,7 @@ def test_a_lease_that_holds_is_not_taken_one_that_is_over_is_and_the_first_finds
     lease.give_up(1)  # as one that was overtaken would
     assert (lease.look().holder, lease.look().is_over) == ("two", False)
     lease.give_up(2)
+    assert not lease.prolong(2)
     assert (lease.look().holder, lease.look().is_over) == ("", True)
 
 
