@@ -10,7 +10,8 @@
     --test-rows N          most test rows of each task
     --keep FOLDER          where trained adapters and scores lie: kill it at any moment and start it again
     --all-versions         score every task under every version, not only under its first and the last
-    --results FOLDER       one file for each stream, and summary.json; default: benchmarks/results/streams
+    --results FOLDER       one file for each stream, and summary.json; default: benchmarks/results/streams. Learning
+                           rates that a file has are not searched for again
     --docs FOLDER          where quality.md gets its tables and plots; default: docs
     --report               write tables, plots and summary.json anew and measure nothing
 
@@ -71,17 +72,36 @@ def measure(asked: argparse.Namespace, order: str, seed: int) -> None:
     length = replace(LENGTHS[of], **{name: count for name, count in asked_for.items() if count is not None})
     grid = stream(asked.data, "grid", GRIDS[of], 0, length)
     text = "" if asked.general_text is None else beginning_of(asked.general_text)
-    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say, text)
+    file = asked.results / f"{order}.json"
+    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say, text, rates_of(file, length))
     on = hundred(asked.data, asked.adapters) if order == "hundred" else of_order(asked.data, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
         learned = WAYS[name](shop, on)
         found = figures(shop, on, learned, {} if name == REFERENCE else reference, whole=asked.all_versions)
-        write(asked.results / f"{order}.json", seed, name, found, shop, on, length)
+        write(file, seed, name, found, shop, on, length)
         say(
             f"{order} seed {seed} {name}: average {found['average']:.4f}, loss {found['mean_loss_points']:.2f} points, "
             f"forgetting {found['forgetting_points']}, {found['bytes_shared'] + found['bytes_own']:,} bytes"
         )
+
+
+def rates_of(file: Path, length: Length) -> dict[str, dict[float, float]]:
+    """Method to the learning rates that were tried and their scores, as a stream's file has them.
+
+    Raises:
+        SystemExit: Its rows are of trainings of another length, beside which no row may be put.
+    """
+    if not file.is_file():
+        return {}
+    known = json.loads(file.read_text())
+    if known["length"] != vars(length):
+        raise SystemExit(
+            f"{file} has rows of {known['length']}, not of {vars(length)}: name another folder (--results)"
+        )
+    return {
+        name: {float(rate): score for rate, score in tried.items()} for name, tried in known["learning_rates"].items()
+    }
 
 
 def write(file: Path, seed: int, name: str, found: dict[str, Any], shop: Workshop, on: Stream, length: Length) -> None:

@@ -148,6 +148,14 @@ def test_a_stream_is_measured_once_and_told_on_the_page(
     again = {name: json.loads((tmp_path / "results/four.json").read_text())["rows"][name]["0"] for name in ROWS}
     assert {n: r["scores"] for n, r in again.items()} == {n: r["scores"] for n, r in rows.items()}
 
+    # On another machine nothing is kept, but the file has the learning rates.
+    argv[argv.index(",".join(ROWS))] = "separate"
+    run.main([*argv, f"--keep={tmp_path / 'another'}"])
+    assert "chosen for lora" not in capsys.readouterr().out
+    argv[argv.index("--steps") + 1] = "3"
+    with pytest.raises(SystemExit, match="name another folder"):
+        run.main(argv)
+
 
 def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("task1_capitals", "task2_colours")
