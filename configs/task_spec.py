@@ -31,7 +31,12 @@ from configs.places import Located, located, real
 from configs.yaml_file import read_yaml, yaml_of
 
 Kind = Literal[
-    "sequence_classification", "sequence_regression", "causal_lm", "image_classification", "image_regression"
+    "sequence_classification",
+    "sequence_regression",
+    "causal_lm",
+    "image_classification",
+    "image_regression",
+    "image_text",
 ]
 Metric = Literal[
     "accuracy",
@@ -60,6 +65,7 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "causal_lm": ("log_likelihood", "exact_match", "rouge_l"),
     "image_classification": _CLASSIFICATION,
     "image_regression": ("neg_mean_absolute_error", "pck"),
+    "image_text": _CLASSIFICATION,
 }
 """Metrics of each kind of task, the default first. For all of them a larger value is better."""
 SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {
@@ -67,9 +73,11 @@ SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {
     "neg_mean_absolute_error": 0.0,
 }
 """The score that cannot be surpassed, by metric."""
-CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification")
+CLASSIFICATION_KINDS: tuple[Kind, ...] = ("sequence_classification", "image_classification", "image_text")
 REGRESSION_KINDS: tuple[Kind, ...] = ("sequence_regression", "image_regression")
-IMAGE_KINDS: tuple[Kind, ...] = ("image_classification", "image_regression")
+IMAGE_KINDS: tuple[Kind, ...] = ("image_classification", "image_regression", "image_text")
+HEADLESS_KINDS: tuple[Kind, ...] = ("causal_lm", "image_text")
+"""Kinds whose answers come from the checkpoint's own layers: their tasks have an update and nothing else."""
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
 """Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
 
@@ -131,6 +139,9 @@ class DataSpec(Section):
     """The label set, in the order of the classifier's outputs. Names that are numbers are written in quotes; numbers in
     the rows then mean these names, in every format alike. For image_regression the names of a label's numbers, in their
     order: nose_x, nose_y, …"""
+    prompt_template: str = "a photo of a {}."
+    """Text that stands for a label, its name in the place of {}; for image_text. A picture is given the label whose
+    text is most like it."""
     pck_distance: float = Field(0.1, gt=0)
     """For pck: how far from its true place a point may be said to be, in the unit of the labels. The default is a tenth
     of the picture's side where labels are shares of it."""
@@ -139,6 +150,13 @@ class DataSpec(Section):
     max_new_tokens: int = Field(64, ge=1, le=4096)
     """Longest answer, in tokens, that a causal_lm may generate: for exact_match and rouge_l, and when it is
     asked to answer and nobody says how long."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_one_place(cls, template: str) -> str:
+        if template.count("{}") != 1:
+            raise ValueError("needs {} once, in the place of a label's name: a photo of a {}.")
+        return template
 
 
 class TrainingSpec(Section):
@@ -431,6 +449,11 @@ class TaskSpec(Section):
         if self.kind in REGRESSION_KINDS and self.training.label_smoothing_factor:
             raise ValueError(
                 f"kind '{self.kind}' has no labels to smooth: training.label_smoothing_factor has no meaning"
+            )
+        if self.kind == "image_text" and self.training.label_smoothing_factor:
+            raise ValueError(
+                "kind 'image_text' compares both ways, which transformers' label smoothing does not do: "
+                "training.label_smoothing_factor has no meaning"
             )
         if len(set(self.method.candidates)) != len(self.method.candidates):
             raise ValueError("method.candidates has duplicates")

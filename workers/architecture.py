@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
-from configs.task_spec import Kind
+from configs.task_spec import HEADLESS_KINDS, Kind
 from subspace_store.formats.peft_config import CLASSIFIER_HEADS
 from workers.heads import HeadLayout, owner
 
@@ -67,7 +67,7 @@ def usable_positions(model: Any) -> int | None:
     RoBERTa and its relatives count positions from after the padding token's index, so that the first rows of the table
     are never used: of 514 rows 512 are left.
     """
-    rows = getattr(model.config, "max_position_embeddings", None)
+    rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     offset = position_offset(model)
     return rows if rows is None or offset is None else rows - offset
 
@@ -88,7 +88,7 @@ def inside(parameter: str, modules: Iterable[str]) -> bool:
 
 def _trained(shell: Any, drawn: Collection[str], kind: Kind) -> tuple[str, ...]:
     """The outermost modules of those with a parameter among `drawn` and those outside the backbone that PEFT trains."""
-    if kind == "causal_lm":
+    if kind in HEADLESS_KINDS:
         return tuple(sorted({owner(name) for name in drawn}))
     backbone = f"{shell.base_model_prefix}."
     # PEFT compares the ends of names: DistilBERT's `pre_classifier` matches as well.

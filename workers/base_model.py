@@ -6,7 +6,8 @@ put into it by reference, and a fresh head. `trust_remote_code` is never set.
 One checkpoint serves all kinds of task that its architecture has. Layers of the backbone have the same names in each,
 so that all tasks of a base model share one subspace. Output layers, and what the checkpoint lacks, are the *head*
 (`heads.py`): they are trained with the task and travel with its adapter. What the checkpoint has after the backbone is
-kept. A causal language model has no head: its output layer belongs to the checkpoint.
+kept. A causal language model has no head: its output layer belongs to the checkpoint. Nor has a model that compares
+pictures with texts (two_towers.py).
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
-from configs.task_spec import CLASSIFICATION_KINDS, Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, HEADLESS_KINDS, Kind, TaskSpec
 from subspace_store.adapter import Adapter
 from workers.architecture import head_layout, inside, linear_shapes, usable_positions
 from workers.heads import HeadLayout, check_head, kept_outputs, owner
-from workers.model_folder import AUTO_CLASSES, called_of, image_processor_of, kinds_of, settle_padding, tokenizer_of
+from workers.model_folder import (
+    AUTO_CLASSES,
+    called_of,
+    image_processor_of,
+    kinds_of,
+    reads_texts,
+    settle_padding,
+    tokenizer_of,
+)
+from workers.two_towers import PromptedClip, prompt_tokens
 from workers.weights import (
     Loaded,
     check_quantization,
@@ -106,7 +116,7 @@ class BaseModel:
         parameters = {
             name: parameter.detach()
             for name, parameter in model.named_parameters()
-            if name not in loaded.missing and (name.startswith(f"{self.prefix}.") or "causal_lm" in kinds)
+            if name not in loaded.missing and (name.startswith(f"{self.prefix}.") or {*kinds} & {*HEADLESS_KINDS})
         }
         self._shared = {name: tensor for name, tensor in parameters.items() if not inside(name, self._quantized)}
         stored = model.state_dict().keys()
@@ -120,7 +130,8 @@ class BaseModel:
             shell, wider = (self._shell(kind, self._with_outputs(count)) for count in (1, 2))
             mine = {
                 name: tensor.to(device=self.device, dtype=self._dtype)
-                for name, tensor in ({} if kind == "causal_lm" else found.get(made, {})).items()
+                for name, tensor in ({} if kind in HEADLESS_KINDS else found.get(made, {})).items()
+                if name not in parameters
             }
             names = parameters.keys() | mine.keys()
             layout = head_layout(shell, wider, names, kind, label_names.get(made, ()), settings.source)
@@ -218,7 +229,7 @@ class BaseModel:
         config = copy.deepcopy(self._config)
         if spec.kind == "sequence_regression":
             config.num_labels, config.problem_type = 1, "regression"
-        elif spec.kind != "causal_lm":
+        elif spec.kind not in HEADLESS_KINDS:
             config.id2label = dict(enumerate(spec.data.label_names))
             config.label2id = {name: index for index, name in enumerate(spec.data.label_names)}
             is_class = spec.kind in CLASSIFICATION_KINDS
@@ -251,6 +262,8 @@ class BaseModel:
             self._cast_between(model, layout)
         if spec.kind == "causal_lm":
             model.generation_config = copy.deepcopy(self._generation_config)
+        if spec.kind == "image_text":
+            model.prompts = prompt_tokens(self.tokenizer, spec, self.length_max)
         return model.to(self.device)
 
     def head(self, spec: TaskSpec, adapter: Adapter) -> dict[str, Tensor]:
@@ -313,8 +326,9 @@ class BaseModel:
         While a task trains under ZeRO-3, transformers would partition every model made; this state says that it has
         been done.
         """
+        make = PromptedClip._from_config if kind == "image_text" else AUTO_CLASSES[kind].from_config
         with init_empty_weights(include_buffers=False), set_zero3_state():
-            return AUTO_CLASSES[kind].from_config(config)
+            return make(config)
 
     def _share_quantized(self, model: Any, own: Collection[str]) -> None:
         """Share whole quantised layers, since their weights keep scales beside them; PEFT wraps the layers.
@@ -357,12 +371,15 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
     kinds = kinds_of(config, tokenizer, image_processor, str(folder))
     loaded = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
     backbone = f"{loaded.model.base_model_prefix}."
+    if kinds[-1] == "image_text" and loaded.missing:  # a classifier's checkpoint, say, has one tower
+        kinds = kinds[:-1]
+        loaded = load_checkpoint(folder, AUTO_CLASSES[kinds[-1]], settings, device)
     if kinds[-1] == "causal_lm" and any(not name.startswith(backbone) for name in loaded.missing):
         kinds = kinds[:-1]  # a checkpoint of the backbone alone, or of a classifier, has no such output layer
         if not kinds:
             raise InvalidInput("weights lack the output layer", str(folder), "save the whole causal language model")
-    if tokenizer is not None:
-        settle_padding(tokenizer, loaded.model, str(folder))
+    if any(reads_texts(kind) for kind in kinds):
+        settle_padding(tokenizer, getattr(loaded.model, "text_model", loaded.model), str(folder))
     loaded.model.config.use_cache = False
     loaded.model.config.tie_word_embeddings = bool(loaded.model.all_tied_weights_keys)  # as loaded, whatever it said
     found, label_names = _found_heads(folder, config, kinds, loaded)
@@ -384,7 +401,7 @@ def _found_heads(
     names: dict[Any, tuple[str, ...]] = {}
     for kind in kinds:
         made = AUTO_CLASSES[kind]._model_mapping[type(config)]
-        if kind == "causal_lm" or made in found:
+        if kind in HEADLESS_KINDS or made in found:
             continue
         if made is type(loaded.model):
             found[made] = outside_backbone(loaded)

@@ -15,7 +15,9 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForZeroShotImageClassification,
     AutoTokenizer,
+    CLIPConfig,
 )
 
 from configs.errors import InvalidInput
@@ -28,7 +30,8 @@ AUTO_CLASSES: dict[Kind, Any] = {
     "sequence_regression": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
     "image_regression": AutoModelForImageClassification,
-    "causal_lm": AutoModelForCausalLM,  # last: it has all the parameters that the others share
+    "image_text": AutoModelForZeroShotImageClassification,
+    "causal_lm": AutoModelForCausalLM,  # these two last: they have all the parameters that the others share
 }
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
@@ -63,7 +66,7 @@ def called_of(folder: Path, settings: BaseModelSettings) -> tuple[str, ...]:
 
 
 def kinds_of(config: Any, tokenizer: Any, image_processor: Any, where: str) -> tuple[Kind, ...]:
-    """The kinds that the architecture and what lies beside the weights allow, `causal_lm` last.
+    """The kinds that the architecture and what lies beside the weights allow, one of `HEADLESS_KINDS` last.
 
     transformers lists BERT and its relatives among the causal language models too: they can be built as decoders. But
     as they were trained, they see the tokens that they would have to predict.
@@ -73,8 +76,11 @@ def kinds_of(config: Any, tokenizer: Any, image_processor: Any, where: str) -> t
         kind
         for kind, auto_class in AUTO_CLASSES.items()
         if type(config) in auto_class._model_mapping
-        and (image_processor if kind in IMAGE_KINDS else tokenizer) is not None
+        and (image_processor is not None or kind not in IMAGE_KINDS)
+        and (tokenizer is not None or not reads_texts(kind))
         and not (kind == "causal_lm" and sees_ahead)
+        # Others of two towers read their prompts in ways of their own: SigLIP's are padded to the whole length.
+        and (kind != "image_text" or type(config) is CLIPConfig)
     )
     if not kinds:
         raise InvalidInput(
@@ -84,6 +90,10 @@ def kinds_of(config: Any, tokenizer: Any, image_processor: Any, where: str) -> t
             f"kinds are: {', '.join(AUTO_CLASSES)}; save the tokenizer or the image processor into the folder as well",
         )
     return kinds
+
+
+def reads_texts(kind: Kind) -> bool:
+    return kind not in IMAGE_KINDS or kind == "image_text"
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -16,6 +16,7 @@ TASK_TYPES: dict[Kind, str | None] = {
     "sequence_regression": "SEQ_CLS",
     "image_classification": None,  # PEFT's SEQ_CLS would hand token ids to the model
     "image_regression": None,
+    "image_text": None,
     "causal_lm": "CAUSAL_LM",
 }
 """PEFT's task type for each kind of task."""

@@ -119,6 +119,41 @@ def _unknown(tokenizer: Any, ids: Sequence[int], added: int) -> float:
     return min(1.0, ids.count(unknown) / (len(ids) - added))
 
 
+def prompts_of(spec: TaskSpec) -> list[str]:
+    """The text that stands for each label, for image_text."""
+    return [spec.data.prompt_template.replace("{}", name) for name in spec.data.label_names]
+
+
+def check_prompts(tokenizer: Any, spec: TaskSpec, length_max: int) -> None:
+    """Refuse labels that a text tower cannot tell apart or read.
+
+    Raises:
+        InvalidInput: There are none, a prompt is longer than length_max tokens, or two have the same tokens.
+    """
+    names, prompts = spec.data.label_names, prompts_of(spec)
+    if not prompts:
+        raise InvalidInput(
+            "names no labels, so there is nothing that a picture could be like",
+            "data.label_names",
+            "name the labels in the task file",
+        )
+    known: dict[tuple[int, ...], str] = {}
+    for name, ids in zip(names, map(tuple, tokenizer(prompts)["input_ids"]), strict=True):
+        if len(ids) > length_max:
+            raise InvalidInput(
+                f"the prompt of {name!r:.100} has {len(ids)} tokens, and the base model {spec.base_model!r} reads "
+                f"{length_max}",
+                "data.label_names",
+                "give it a shorter name, or shorten data.prompt_template",
+            )
+        if (other := known.setdefault(ids, name)) != name:
+            raise InvalidInput(
+                f"{other!r:.100} and {name!r:.100} are the same to the base model's tokenizer, and so to the model",
+                "data.label_names",
+                "write names that differ in more than capital letters or characters that it does not know",
+            )
+
+
 def measured_rows(rows: Sequence[Row]) -> Sequence[Row]:
     """The first of some rows, as many as `MEASURED_CHARACTERS` allow, at least one; of pictures all."""
     left = MEASURED_CHARACTERS

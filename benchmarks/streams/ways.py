@@ -69,6 +69,10 @@ def longer(shop: Workshop, stream: Stream) -> Learned:
         spec = recovery(_by(at_rate(case, _lora_rate(shop)), "lora").spec, whole.adapter)
         given = Given(start=whole.adapter)
         made = shop.train(replace(case, spec=spec), "longer", of=name_of(given), given=given)
+        # What it is called after is the rank that it was trained with, of which nothing was cut.
+        made = replace(
+            made, adapter=replace(made.adapter, info={**made.adapter.info, "lora": whole.adapter.info["lora"]})
+        )
         found[case.spec.name] = replace(made, numbers=whole.numbers, seconds=whole.seconds + made.seconds)
     return _apart(stream, found)
 

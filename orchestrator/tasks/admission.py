@@ -258,11 +258,15 @@ def _cut(spec: TaskSpec, rows: FrozenTask, layout: BaseLayout) -> Iterator[str]:
     """The sentences on rows longer than the model reads that training and scoring say.
 
     Raises:
-        InvalidInput: They would be refused there, since answers have no token.
+        InvalidInput: They would be refused there, since answers have no token, or labels cannot be read.
     """
-    from workers.tokens import evaluation_losses, training_losses, unpacked
+    from workers.tokens import check_prompts, evaluation_losses, training_losses, unpacked
 
-    if not layout.tokenizer or spec.kind in IMAGE_KINDS:
+    if not layout.tokenizer:
+        return
+    if spec.kind == "image_text" and spec.data.label_names:
+        check_prompts(unpacked(layout.tokenizer), spec, layout.length_max)
+    if spec.kind in IMAGE_KINDS:
         return
     tokenizer = unpacked(layout.tokenizer)
     if rows.train:
@@ -432,6 +436,7 @@ def _as_revision(record: TaskRecord, draft: Draft, queue: TaskQueue) -> dict[str
         ("base_model", before.base_model, spec.base_model),
         ("kind", before.kind, spec.kind),
         ("metric", before.metric, spec.metric),
+        ("data.prompt_template", before.data.prompt_template, spec.data.prompt_template),
     ):
         if theirs != ours:
             what = f"is '{ours}', and '{theirs}' in {published.exact_title}, whose next revision this is"

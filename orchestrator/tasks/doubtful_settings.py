@@ -65,6 +65,8 @@ def _unread_of_data(spec: TaskSpec) -> set[str]:
         unread.add("max_length")
     if spec.kind != "image_regression":
         unread.add("pck_distance")
+    if spec.kind != "image_text":
+        unread.add("prompt_template")
     return unread
 
 

@@ -76,6 +76,19 @@ def test_a_safe_name_is_taken(value: str) -> None:
             {"kind": "image_regression", "metric": "pck", "data": {"label_names": ["x", "y", "z"]}},
             "metric pck is about points, two numbers each, and data.label_names are 3",
         ),
+        ({"kind": "image_text", "data": {"label_names": ["a"]}}, "data.label_names must list at least two labels"),
+        (
+            {"kind": "image_text", "training": {"label_smoothing_factor": 0.1}},
+            "kind 'image_text' compares both ways, which transformers' label smoothing does not do",
+        ),
+        (
+            {"kind": "image_text", "data": {"prompt_template": "a photo"}},
+            "needs {} once, in the place of a label's name",
+        ),
+        (
+            {"kind": "image_text", "data": {"prompt_template": "{} or {}"}},
+            "needs {} once, in the place of a label's name",
+        ),
         ({"method": {"candidates": ["lora", "lora"]}}, "method.candidates has duplicates"),
         ({"data": {"eval_fraction": 0.1}}, "data.eval_file and data.eval_fraction exclude each other"),
         ({"pool": "small", "resources": {"ranks": 2}}, "pool and resources exclude each other"),

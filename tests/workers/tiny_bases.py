@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -68,4 +77,27 @@ def save_vit(folder: Path, image_size: int = 16, **changes: Any) -> str:
         ViTConfig(image_size=image_size, patch_size=4, **SIZES | changes), add_pooling_layer=False
     ).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": image_size, "width": image_size}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_clip(folder: Path, image_size: int = 16, initializer_factor: float = 4.0, **changes: Any) -> str:
+    """A model of two towers, for pictures of 16×16 and texts of at most 24 tokens."""
+    tokenizer = talking_tokenizer()
+    start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in ("<s>", "</s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    marks = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    text = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, **marks}
+    vision = SIZES | {"image_size": image_size, "patch_size": 4}
+    of_both = {"initializer_factor": initializer_factor}
+    config = CLIPConfig(
+        text_config=text | of_both, vision_config=vision | of_both, projection_dim=16, **of_both | changes
+    )
+    torch.manual_seed(1)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(folder)
     return str(folder)

@@ -454,6 +454,7 @@ def _schema(kind: Kind) -> Any:
         "causal_lm": [("turns", pa.list_(turn)), ("is_chat", pa.bool_())],
         "image_classification": [*picture, ("label", pa.int64())],
         "image_regression": [*picture, ("label", pa.list_(pa.float64()))],
+        "image_text": [*picture, ("label", pa.int64())],
     }
     return pa.schema(columns[kind])
 

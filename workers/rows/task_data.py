@@ -245,7 +245,7 @@ def columns_of(spec: TaskSpec) -> Columns:
             keys = ["messages_column"]
         case "causal_lm":
             keys = ["prompt_column", "completion_column"]
-        case "image_classification" | "image_regression":
+        case "image_classification" | "image_regression" | "image_text":
             keys = ["image_column", "label_column"]
         case _:
             keys = ["text_column", *(["text_pair_column"] if data.text_pair_column else []), "label_column"]
@@ -384,7 +384,7 @@ def _maker(spec: TaskSpec, index: LabelIndex) -> Make:
             )
         case "sequence_regression":
             return lambda values, where: TextRow(*_texts(values, data, where), _number(values, data, where))
-    if spec.kind == "image_classification":
+    if spec.kind in ("image_classification", "image_text"):
         return lambda values, where: _picture(values, data, index, where)
     if spec.kind == "image_regression":
         return lambda values, where: _picture(values, data, partial(_numbers, len(data.label_names)), where)

@@ -3,7 +3,8 @@
 The layers that all tasks share see one batch (mixed_layers.py). What a task has after the backbone, its head, sees its
 own rows: the same forward pass as transformers', around a backbone that has answered already. A few tasks cannot be
 mixed: those whose own parameters lie inside the backbone, or that adapt a layer after it. They are answered one by one,
-and nobody notices but the clock.
+and nobody notices but the clock. Where pictures are compared with texts (two_towers.py) a task's head is what its text
+tower says of its labels: that is asked once.
 
 Axes: S rows of a batch.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import InvalidInput
-from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, Kind, TaskSpec
+from configs.task_spec import CLASSIFICATION_KINDS, HEADLESS_KINDS, IMAGE_KINDS, Kind, TaskSpec
 from subspace_store.merging.basis import ModuleBasis
 from subspace_store.module_names import plain
 from subspace_store.subspace_reader import SubspaceReader, TaskParts
@@ -39,6 +40,7 @@ from workers.serving.task_file import TaskFile
 from workers.serving.writing import Pen
 from workers.tokens import measured_prompt, text_lengths, tokenize
 from workers.truncation import losses, unknown_characters
+from workers.two_towers import prompt_tokens
 
 log = logging.getLogger("onebasis.serving")
 
@@ -50,6 +52,8 @@ asked for are in a file that is mapped: on a CPU their coefficients, private par
 PARTS = tuple(field.name for field in fields(TaskFactors))
 TENSOR_BYTES, TASK_BYTES = 2**10, 2**13
 """Bytes of a tensor in Python, wherever its numbers lie, and of a task's description: measured."""
+LABELS = "labels"
+"""In the place of a head: the vectors of a task's labels, where pictures are compared with texts."""
 MODELS_APART = 4
 """Models kept for tasks that cannot be mixed."""
 
@@ -82,7 +86,8 @@ class _Loaded:
     factors: Mapping[str, TaskFactors]
     """By module."""
     head: Mapping[str, Tensor]
-    """Parameters after the backbone, by their names; none of a language model."""
+    """Parameters after the backbone, by their names; none of a language model. Where pictures are compared with texts,
+    the vectors of its labels."""
     is_apart: bool
     """Whether it cannot be mixed with others."""
     is_mapped: bool = False
@@ -442,12 +447,14 @@ class MixedBatch:
         spec = self._spec_of(parts)
         model = self._model(spec)
         modules = {*parts.private, *map(plain, parts.coefficients)}
-        is_writer = spec.kind == "causal_lm"  # has the base model's output layer; what it brings beside it is its own
-        is_own = bool(parts.kept.head) if is_writer else self._base.is_inside_backbone(spec, parts.kept)
+        is_headless = spec.kind in HEADLESS_KINDS  # answers by the base model's layers; what it brings is its own
+        is_own = bool(parts.kept.head) if is_headless else self._base.is_inside_backbone(spec, parts.kept)
         is_apart = is_own or not modules <= model.layers.keys()
-        head = {} if is_apart or is_writer else self._base.head(spec, parts.kept)
+        head = {} if is_apart or is_headless else self._base.head(spec, parts.kept)
         factors = {} if is_apart else {name: _factors(name, parts, model) for name in sorted(modules)}
         task = _Loaded(spec, factors, head, is_apart)
+        if spec.kind == "image_text" and not is_apart:
+            task = replace(task, head={LABELS: model.label_vectors(task)})
         try:
             self._file.write(task_id, (spec, is_apart), task.tensors)
         except OSError as error:
@@ -494,7 +501,7 @@ class _SharedModel(_Model):
         self.model.requires_grad_(False)
         self._prefix = base.prefix
         shapes, backbone = base.module_shapes(spec.kind), f"{base.prefix}."
-        self.layers = {n: s for n, s in shapes.items() if spec.kind == "causal_lm" or n.startswith(backbone)}
+        self.layers = {n: s for n, s in shapes.items() if spec.kind in HEADLESS_KINDS or n.startswith(backbone)}
         self._mixed = MixedLayers(self.model, tuple(self.layers), bases)
         self._base = base
         self._heads: dict[tuple[Kind, int], Any] = {}
@@ -550,6 +557,10 @@ class _SharedModel(_Model):
     def logits(self, batch: Mapping[str, Tensor], tasks: Sequence[_Loaded]) -> Sequence[Tensor]:
         """Each row's outputs, by its own task's head."""
         batch = on_device(self.model.device, batch)
+        if tasks[0].spec.kind == "image_text":
+            with self.serving(self.together(tasks)):
+                vectors_SE = self.model.picture_vectors(**batch)
+            return [task.head[LABELS] @ vector_E for task, vector_E in zip(tasks, vectors_SE, strict=True)]
         with self.serving(self.together(tasks)):
             hidden = getattr(self.model, self._prefix)(**batch)
         found: dict[int, Tensor] = {}
@@ -565,6 +576,17 @@ class _SharedModel(_Model):
             out = torch.func.functional_call(shell.model, dict(task.head), kwargs=some).logits
             found |= dict(zip(places, out, strict=True))
         return [found[row] for row in range(len(tasks))]
+
+    def label_vectors(self, task: _Loaded) -> Tensor:
+        """What a task's text tower says of its labels, L×E; see `two_towers`."""
+        prompts = prompt_tokens(self._base.tokenizer, task.spec, self._base.length_max)
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(task.spec.data.label_names), ROWS_PER_BATCH):
+                some = {name: tensor[start : start + ROWS_PER_BATCH] for name, tensor in prompts.items()}
+                with self.serving(self.together([task] * len(some["input_ids"]))):
+                    found.append(self.model.label_vectors(**some))
+        return torch.cat(found)
 
     def _head_of(self, spec: TaskSpec) -> _Head:
         """The kind's model around a backbone that has answered already; one for each number of outputs."""

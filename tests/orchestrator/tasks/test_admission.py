@@ -388,6 +388,20 @@ def test_rows_that_are_longer_than_max_length_are_told_at_submission_as_training
     assert warnings_of(desk, desk.document(data={"max_length": 8}), LAYOUT) == ()  # no tokenizer to count with
 
 
+def test_labels_that_a_text_tower_cannot_read_are_refused_at_submission(desk: Desk) -> None:
+    write_rows(desk.data / "train.jsonl", [{"image": [[n]], "label": n % 2} for n in range(6)])
+    write_rows(desk.data / "eval.jsonl.gz", [{"image": [[n]], "label": n % 2} for n in range(8, 30)])
+    kinds, heads = (*LAYOUT.kinds, "image_text"), {**LAYOUT.heads, "image_text": next(iter(LAYOUT.heads.values()))}
+    layout = replace(TALKING, kinds=kinds, heads=heads, length_max=24)
+
+    def document(*names: str) -> dict[str, Any]:
+        return desk.document(kind="image_text", metric="accuracy", data={"label_names": list(names), "max_length": 128})
+
+    assert warnings_of(desk, document("grass", "Paris"), layout) == ()
+    with pytest.raises(InvalidInput, match=r"the prompt of 'x+' has .* tokens, and the base model .* reads 24"):
+        warnings_of(desk, document("grass", "x" * 40), layout)
+
+
 def test_rows_that_the_tokenizer_does_not_know_are_told_at_submission_and_in_training(desk: Desk) -> None:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "good": 2, "film": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -105,6 +105,25 @@ def test_a_revision_that_says_several_numbers_keeps_their_names(desk: Desk, monk
     assert desk.submit(document(["x", "y"], 100, revises=True))[0].number == 2
 
 
+def test_a_revision_asks_for_its_labels_by_the_same_prompt(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, heads = (*LAYOUT.kinds, "image_text"), {**LAYOUT.heads, "image_text": next(iter(LAYOUT.heads.values()))}
+    layout = replace(LAYOUT, kinds=kinds, heads=heads)
+    monkeypatch.setattr("tests.orchestrator.tasks.test_admission.LAYOUT", layout)
+
+    def document(first: int, template: str, *names: str, **changes: Any) -> dict[str, Any]:
+        files = {}
+        for key, shift in (("train_file", first), ("eval_file", first + 50)):
+            found = [{"image": [[shift + i]], "label": i % 2} for i in range(5)]
+            files[key] = str(write_rows(desk.data / f"{key}-{shift}.jsonl", found))
+        data = {**files, "label_names": names, "prompt_template": template}
+        return desk.document(kind="image_text", metric="accuracy", data=data, **changes)
+
+    put(desk, desk.submit(document(0, "the {}", "cat", "dog"))[0], TaskState.PUBLISHED)
+    said = desk.refuse(document(100, "a {}", "cat", "dog", "cow", revises=True))
+    assert "data.prompt_template: is 'a {}', and 'the {}' in red/alpha" in said
+    assert desk.submit(document(100, "the {}", "cat", "dog", "cow", revises=True))[0].number == 2
+
+
 def test_without_being_asked_for_nothing_is_revised(desk: Desk) -> None:
     first = published(desk)
     said = desk.refuse(newer(desk, revises=False), NameTaken)

@@ -122,6 +122,11 @@ def test_of_steps_and_epochs_the_one_that_is_not_used_is_told() -> None:
             "data.prompt_column",
         ),
         ({"kind": "image_classification", "data": {"max_length": 64}}, "data.max_length"),
+        (
+            {"kind": "image_classification", "data": {"max_length": 128, "prompt_template": "{}"}},
+            "data.prompt_template",
+        ),
+        ({"kind": "image_text", "data": {"max_length": 128, "prompt_template": "the {}"}}, ""),
     ],
 )
 def test_a_setting_of_another_kind_of_task_is_named(task: dict[str, Any], names: str) -> None:

@@ -20,7 +20,7 @@ from subspace_store.module_names import is_renewed
 from tests.subspace_store.builders import merged
 from tests.workers.families import FAMILIES, save
 from tests.workers.serving.sites import TEXTS, Site, mixed, site
-from tests.workers.tiny_bases import save_llama
+from tests.workers.tiny_bases import save_clip, save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model, generate
@@ -32,9 +32,12 @@ from workers.serving.question import Answer
 from workers.serving.task_file import TaskFile
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=[*sorted(FAMILIES), "clip"])
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
     name = request.param
+    if name == "clip":
+        base = load_base_model(tiny_settings(save_clip(tmp_path / "base")))
+        return site(base, "image_text", ("q_proj", "fc1", "projection"), prompt_template="the {} of France")
     saved = save(name, "backbone", tmp_path / "base")
     kind: Kind = "image_classification" if name == "vit" else "sequence_classification"
     return site(load_base_model(tiny_settings(saved)), kind, FAMILIES[name].targets)
