@@ -41,8 +41,8 @@ class PromptedClip(CLIPModel):  # type: ignore[misc]
         """Of prompts, each as long as the model's scale (exp of `logit_scale`), L×E, float32."""
         device = self.device
         found = self.get_text_features(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-        vectors_LE: Tensor = normalize(found.pooler_output.float(), dim=-1)
-        return vectors_LE * self.logit_scale.float().exp()
+        vectors_LE: Tensor = normalize(found.pooler_output.float(), dim=-1) * self.logit_scale.float().exp()
+        return vectors_LE
 
 
 def contrastive_loss(logits_SL: Tensor, labels_S: Tensor) -> Tensor:
