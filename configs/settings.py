@@ -471,7 +471,7 @@ class ServingSettings(Section):
     rows_max: int = Field(64, ge=1)
     """Rows of a batch, and requests at once for which one replica is enough."""
     waiting_max: int = Field(512, ge=1)
-    """Most requests at once of a replica; further ones wait before it."""
+    """Most requests at once of a replica. As many again wait before it; further ones are told to ask again (503)."""
     canary: CanarySettings | None = None
     """Another version that answers a share of the requests; None: none does."""
 

@@ -174,6 +174,7 @@ class Deployment:
                 _internal=True,
                 ray_actor_options=reserved,
                 max_ongoing_requests=serving.waiting_max,
+                max_queued_requests=serving.waiting_max,
                 autoscaling_config={
                     "min_replicas": serving.replicas_min,
                     "max_replicas": serving.replicas_max,
@@ -194,6 +195,7 @@ class Deployment:
             _internal=True,
             ray_actor_options={"num_cpus": 0},
             max_ongoing_requests=serving.waiting_max,
+            max_queued_requests=serving.waiting_max,
         )
         return door.bind(self._app, settings.storage, lodge, replicas)
 

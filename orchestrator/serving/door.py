@@ -19,7 +19,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
 from configs.limits import BYTES_MAX, short_text
@@ -284,6 +284,9 @@ async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> A
 
 
 def _nobody_answers(error: Exception) -> OnebasisError:
+    if isinstance(error, BackPressureError):
+        todo = "ask again in a moment; serving.waiting_max and replicas_max say how many may wait"
+        return Unavailable("too many wait for an answer", todo=todo)
     return Unavailable(f"nobody could answer: {type(error).__name__}", todo="ask again")
 
 

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from configs.errors import OnebasisError, Unavailable, error_from_dict
+from configs.errors import OnebasisError, Unavailable, UnknownToken, error_from_dict
 from orchestrator.api.access import EVERY_TEAM_TOLD
 from orchestrator.api.callers import Paces, unknown
 from orchestrator.api.exchange import NobodyListensError, NotTakenError, exchange, trusting
@@ -20,6 +20,8 @@ KNOWN_SECONDS = 30.0
 AWAY_SECONDS = 3600.0
 """How long it counts while the control plane is away."""
 ASK_SECONDS = 10.0
+PAUSE_SECONDS = 5.0
+"""How long nobody asks a control plane that was just found to be away: one that hangs costs a caller `ASK_SECONDS`."""
 KEPT_MAX = 10_000
 """Tokens that are remembered; more are forgotten, the oldest first."""
 
@@ -53,6 +55,8 @@ class Lodger:
         self._lodge = lodge
         self._paces = Paces()
         self._lock = threading.Lock()
+        self._paused: tuple[float, OnebasisError] | None = None
+        """Until when nobody is asked, and why."""
         self._known: OrderedDict[str, tuple[float, frozenset[str] | None]] = OrderedDict()
         """Digest to when it was found out, and the teams."""
 
@@ -74,16 +78,21 @@ class Lodger:
         if now - at <= KNOWN_SECONDS:
             return teams
         try:
+            if self._paused is not None and now < self._paused[0] and secret:
+                raise self._paused[1]
             teams = self._ask(secret)
-        except Unavailable:
-            if now - at <= AWAY_SECONDS:
-                return teams
-            raise
-        except OnebasisError:  # it was revoked, or has ended: nor does it count once the control plane is away
+        except UnknownToken:  # it was revoked, or has ended: nor does it count once the control plane is away
             with self._lock:
                 self._known.pop(digest, None)
             raise
+        except OnebasisError as error:  # away, or it has too much to do to say
+            if self._paused is None or self._paused[1] is not error:
+                self._paused = time.monotonic() + PAUSE_SECONDS, error
+            if now - at <= AWAY_SECONDS:
+                return teams
+            raise
         with self._lock:
+            self._paused = None
             self._known[digest] = now, teams
             self._known.move_to_end(digest)
             if len(self._known) > KEPT_MAX:

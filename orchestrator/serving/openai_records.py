@@ -125,10 +125,15 @@ def read(record: type[_Asked], body: bytes) -> Any:
     except ValidationError as error:
         raise misread(error) from None
     for name, value in (asked.model_extra or {}).items():
-        if value is None or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ()):
+        if value is None or name in WITHOUT_EFFECT or any(_is_same(value, one) for one in NEUTRAL.get(name, ())):
             continue
         raise InvalidInput(f"{name!r:.100} is not supported", name, "leave it out; docs/serving.md lists what is read")
     return asked
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Whether a value is one that asks for nothing: to Python False is 0, which asks completions for a probability."""
+    return isinstance(value, bool) is isinstance(neutral, bool) and bool(value == neutral)
 
 
 def misread(error: ValidationError) -> InvalidInput:

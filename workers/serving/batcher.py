@@ -7,6 +7,7 @@ neighbour's long text to be written.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -63,6 +64,7 @@ class Batcher:
         self._replica, self._rows_max = replica, rows_max
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._waiting: deque[_Asked] = deque()
+        self._requests = itertools.count(1)
         self._unanswered = 0
         """Requests that somebody waits for."""
         self._worker: asyncio.Task[None] | None = None
@@ -87,22 +89,32 @@ class Batcher:
 
     async def _ask(self, questions: Sequence[Question]) -> Sequence[Said]:
         answers: asyncio.Future[Sequence[Said]] = asyncio.get_running_loop().create_future()
-        asked = _Asked([replace(one, wanted=lambda: not answers.done()) for one in questions], answers)
+        number = next(self._requests)
+        mine = [replace(one, wanted=lambda: not answers.done(), request=number) for one in questions]
+        asked = _Asked(mine, answers)
         self._waiting.append(asked)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await answers
 
     def _compare(self, canary: Chosen, seconds: float, questions: Sequence[Question], answers: Sequence[Said]) -> None:
-        """Note how long a request took; of one that the canary answered, have `main`'s version answer too, if nobody
-        waits. Whoever asked does not wait for it."""
+        """Note how long a request took, of those that their key alone gave to one of the two; of one that the canary
+        answered, have `main`'s version answer too, if nobody waits. Whoever asked does not wait for it."""
         pairs = zip(questions, answers, strict=True)
         said = [(one, answer) for one, answer in pairs if isinstance(answer, Answer)]
         if not said:
             return
-        version = said[0][1].version
-        canary.comparison.took(version, seconds, {one.task for one, _ in said})
-        if version != canary.version or not canary.is_shadowed(questions[0].key):
+        first, version = questions[0], said[0][1].version
+        is_canarys = canary.takes(first.key)
+        # Streams and named versions are never the canary's; what it could not answer took both their time.
+        if first.wrote is not None or first.version is not None or is_canarys is not (version == canary.version):
+            return
+        canary.comparison.took(version, seconds, {self._replica.name_of(answer) for _, answer in said})
+        if not is_canarys or not canary.is_shadowed(first.key):
+            return
+        # Of what is drawn no two answers are alike, by whichever version.
+        said = [(one, answer) for one, answer in said if not one.writing.temperature or one.writing.seed is not None]
+        if not said:
             return
         if self._unanswered:
             canary.comparison.dropped()
@@ -111,9 +123,9 @@ class Batcher:
         again = [replace(one, version=main, key="") for one, _ in said]
 
         async def compare() -> None:
-            for (one, theirs), answer in zip(said, await self._ask(again), strict=True):
+            for (_, theirs), answer in zip(said, await self._ask(again), strict=True):
                 if isinstance(answer, Answer):
-                    canary.comparison.both(one.task, answer, theirs)
+                    canary.comparison.both(self._replica.name_of(theirs), answer, theirs)
 
         task = asyncio.create_task(compare())
         self._comparing.add(task)

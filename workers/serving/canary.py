@@ -70,7 +70,7 @@ class Comparison:
         self._failed = self._dropped = 0
 
     def took(self, version: int, seconds: float, tasks: Collection[str] = ()) -> None:
-        """A request was answered by a version, so long after it came. tasks: Those it was for, as they were named."""
+        """A request was answered by a version, so long after it came. tasks: Names of those that answered."""
         with self._lock:
             if (side := self._sides.get(version)) is not None:
                 side.requests += 1
@@ -92,7 +92,7 @@ class Comparison:
             self._dropped += 1
 
     def both(self, task: str, main: Answer, canary: Answer) -> None:
-        """Both answered a row of a task, named as it was asked for."""
+        """Both answered a row of a task, given by its name."""
         with self._lock:
             counts = self._of(task)
             counts["rows"] += 1

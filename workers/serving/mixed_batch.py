@@ -386,14 +386,14 @@ class MixedBatch:
         """What writes a row's answer."""
         assert isinstance(asked.row, CompletionRow)
         data = task.spec.data
-        limit, positions = asked.writing.new_tokens, self._base.length_max
-        if limit is None:  # that of a task without generated scores was never held against the model's positions
-            limit = data.max_new_tokens if data.max_new_tokens < positions else positions // 2
-        if (room := positions - limit) < 1:
-            has = f"{self._base.name} has {positions} positions"
-            raise InvalidInput(f"max_new_tokens leaves no room for a prompt: {has}", asked.task_id, "lower it")
-        longest = min(data.max_length, room)
+        wanted, positions = asked.writing.new_tokens, self._base.length_max
+        limit = data.max_new_tokens
+        if limit >= positions:  # that of a task without generated scores was never held against the model's positions
+            limit = positions // 2
+        # An answer of the task's own length has its room, as in scores; a longer one takes nothing of the prompt.
+        longest = min(data.max_length, positions - min(limit, wanted or limit))
         prompt, length = measured_prompt(self._base.tokenizer, asked.row, longest)
+        limit = min(wanted or limit, positions - len(prompt))
         warnings = [*unknown_characters([length], "of 1 prompts")]
         if length.given > longest:
             warnings.append(f"the prompt has {length.given} tokens, and its last {longest} are read")

@@ -54,6 +54,8 @@ class Question:
     """How that one is found, `features` or `energy`; empty: by features where there are any."""
     key: str = ""
     """Key by which a request is the canary's or is not; all rows of a request have the same. Empty: it never is."""
+    request: int = 0
+    """Number of the request that it is a row of: one version answers all of a request."""
     is_chat: bool | None = None
     """Whether the task must have learnt from chats, or must not have; None: either."""
     writing: Writing = GREEDY

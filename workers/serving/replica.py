@@ -134,6 +134,11 @@ class Replica:
             answers.append(said)
         return answers
 
+    def name_of(self, answer: Answer) -> str:
+        """The name of the task that gave an answer, however it was asked for."""
+        known = self._held.find(answer.task_id, answer.version)
+        return answer.task_id if known is None else known[0]
+
     def begin(self, questions: Sequence[Question], done: Callable[[int, Said], None]) -> None:
         """Answer questions, each as soon as it can be: texts are written by `step`, beside those that are written
         already.
@@ -183,27 +188,32 @@ class Replica:
     ) -> tuple[Sequence[Question], dict[int, Routed], dict[int, Exception]]:
         """The questions, each of a task; how those of no task by name came to theirs; and those that came to none."""
         groups: dict[tuple[int, tuple[str, ...] | None, str, bool | None], list[int]] = {}
+        texts, asked, routed, unrouted = dict[int, str](), list(questions), dict[int, Routed](), dict[int, Exception]()
         for place, one in enumerate(questions):
-            if one.task == AUTO:
-                groups.setdefault((one.version or now, one.among, one.by, one.is_chat), []).append(place)
-        if not groups:
-            return questions, {}, {}
-        asked, routed, unrouted = list(questions), dict[int, Routed](), dict[int, Exception]()
+            if one.task != AUTO:
+                continue
+            try:
+                texts[place] = _one_text(one)
+            except InvalidInput as error:
+                unrouted[place] = error
+            else:
+                is_chat = True if _has_messages(one) else one.is_chat
+                groups.setdefault((one.version or now, one.among, one.by, is_chat), []).append(place)
         for (number, among, by, is_chat), places in groups.items():
             try:
                 self._store.resolve(number)
-                texts = [_one_text(questions[place]) for place in places]
                 held = {name: t for name, t in self._held.at(number).items() if among is None or name in among}
                 batch = self._batch(number)
                 if is_chat is not None:  # of those that can be asked so
                     held = {name: t for name, t in held.items() if _is_chat(batch.spec(t)) is is_chat}
-                found = self._routers.of(batch, held).route(texts, by)
+                found = self._routers.of(batch, held).route([texts[place] for place in places], by)
             except Exception as error:
                 unrouted |= dict.fromkeys(places, error)
                 continue
-            for place, text, route in zip(places, texts, found, strict=True):
-                task = next(iter(route.scores))
-                asked[place] = replace(questions[place], task=task, inputs=text)
+            for place, route in zip(places, found, strict=True):
+                one = questions[place]
+                inputs = one.inputs if _has_messages(one) else texts[place]
+                asked[place] = replace(one, task=next(iter(route.scores)), inputs=inputs)
                 routed[place] = route
         return asked, routed, unrouted
 
@@ -213,25 +223,37 @@ class Replica:
         """Have the canary answer, by the questions' places. A request of which it cannot answer every row is not its
         own: all of it is answered by one version, `main`'s, which says what is wrong with it."""
         places = list(questions)
-        missing = Counter(one.key for one in questions.values())
-        found: dict[str, dict[int, Said]] = {key: {} for key in missing}
+        requests = {place: (one.request, one.key) for place, one in questions.items()}
+        missing = Counter(requests.values())
+        found: dict[tuple[int, str], dict[int, Said]] = {request: {} for request in missing}
 
         def said(index: int, answer: Said) -> None:
             place = places[index]
-            of_key = found[questions[place].key]
-            of_key[place] = answer
-            if len(of_key) < missing[questions[place].key]:
+            of_request = found[requests[place]]
+            of_request[place] = answer
+            if len(of_request) < missing[requests[place]]:
                 return
-            if all(isinstance(answer, Answer) for answer in of_key.values()):
-                for place, answer in of_key.items():
+            if all(isinstance(answer, Answer) for answer in of_request.values()):
+                for place, answer in of_request.items():
                     done(place, answer)
                 return
-            canary.comparison.failed()
-            again = list(of_key)
-            mains = [replace(questions[place], key="") for place in again]
-            self.begin(mains, lambda index, answer: done(again[index], answer))
+            self._begin_by_main(canary, {place: questions[place] for place in of_request}, done)
 
         self.begin([replace(one, version=canary.version, key="") for one in questions.values()], said)
+
+    def _begin_by_main(
+        self, canary: Chosen, questions: Mapping[int, Question], done: Callable[[int, Said], None]
+    ) -> None:
+        """Have `main`'s version answer a request that the canary could not answer whole."""
+        places, answers = list(questions), list[Said]()
+
+        def said(index: int, answer: Said) -> None:
+            answers.append(answer)
+            if len(answers) == len(places) and all(isinstance(one, Answer) for one in answers):
+                canary.comparison.failed()  # else it was asked wrongly, of whichever version
+            done(places[index], answer)
+
+        self.begin([replace(one, key="") for one in questions.values()], said)
 
     def _begin(self, batch: MixedBatch, rows: Sequence[tuple[int, Asked]], done: Callable[[int, Said], None]) -> None:
         places = [place for place, _ in rows]
@@ -293,12 +315,18 @@ def _is_chat(spec: TaskSpec) -> bool | None:
     return spec.data.messages_column is not None if spec.kind == "causal_lm" else None
 
 
+def _has_messages(one: Question) -> bool:
+    return isinstance(one.inputs, Mapping) and [*one.inputs] == ["messages"]
+
+
 def _one_text(one: Question) -> str:
-    values = one.inputs
-    if isinstance(values, Mapping) and len(values) == 1 and isinstance(text := next(iter(values.values())), str):
-        values = text
-    if isinstance(values, Mapping) and [*values] == ["messages"] and values["messages"]:
-        values = values["messages"][-1].get("content")
+    """The text by which a question finds its task; of a chat its last message."""
+    values: Any = one.inputs
+    if isinstance(values, Mapping) and len(values) == 1:
+        (values,) = values.values()
+    if _has_messages(one):
+        last = values[-1] if isinstance(values, list | tuple) and values else None
+        values = last.get("content") if isinstance(last, Mapping) else None
     if not isinstance(values, str):
         raise InvalidInput("only a single text finds its task by itself", AUTO, "name the task, or give one text")
     return values

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
 
 from configs.settings import StorageSettings
 from orchestrator.serving.door import Door, _events
@@ -52,6 +53,12 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_not_as_if_it_were_wh
         "nobody could answer: ActorDiedError\n  → ask again",
         "unavailable",
     )
+
+
+def test_who_comes_when_too_many_wait_is_told_so() -> None:
+    said = sent("he", BackPressureError(num_queued_requests=5, max_queued_requests=4))[1]["error"]
+    assert "too many wait for an answer" in said["message"]
+    assert said["code"] == "unavailable"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.errors import TooManyRequests, Unavailable, UnknownToken
+from configs.errors import OnebasisError, TooManyRequests, Unavailable, UnknownToken
 from orchestrator.api.requests import CreateToken, RevokeToken
 from orchestrator.serving import lodge
 from orchestrator.serving.lodge import Lodge, Lodger, digest_of
@@ -30,6 +30,43 @@ def token(site: Site, team: str | None) -> tuple[str, str]:
 
 def away(one: Lodger) -> None:
     one._lodge = Lodge(NOBODY, "", None, one._lodge.owner)
+
+
+def test_a_control_plane_that_is_away_is_asked_once_in_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, (_, known), (_, other) = lodger(site.url), token(site, "red"), token(site, "red")
+    assert one.teams_of(known) == frozenset({"red"})
+    monkeypatch.setattr(lodge, "KNOWN_SECONDS", 0.0)
+    asked, real = list[str](), one._ask
+
+    def hangs(secret: str) -> frozenset[str] | None:
+        asked.append(secret)
+        raise Unavailable("it hangs")
+
+    monkeypatch.setattr(one, "_ask", hangs)
+    assert one.teams_of(known) == frozenset({"red"})
+    for secret in (known, other, known):
+        if secret == known:
+            assert one.teams_of(secret) == frozenset({"red"})
+        else:
+            with pytest.raises(Unavailable, match="it hangs"):
+                one.teams_of(secret)
+    assert asked == [known]
+    monkeypatch.setattr(one, "_ask", real)
+    later = lodge.time.monotonic() + lodge.PAUSE_SECONDS + 1
+    monkeypatch.setattr(lodge.time, "monotonic", lambda: later)
+    assert one.teams_of(other) == frozenset({"red"})  # it is asked again
+
+
+def test_one_that_has_too_much_to_do_forgets_no_token(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, (_, known) = lodger(site.url), token(site, "red")
+    assert one.teams_of(known) == frozenset({"red"})
+    monkeypatch.setattr(lodge, "KNOWN_SECONDS", 0.0)
+
+    def busy(secret: str) -> frozenset[str] | None:
+        raise OnebasisError("internal error")
+
+    monkeypatch.setattr(one, "_ask", busy)
+    assert one.teams_of(known) == frozenset({"red"})
 
 
 def test_a_token_is_its_teams_and_the_owners_is_everybodys(site: Site) -> None:

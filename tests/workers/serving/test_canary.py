@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,9 @@ from configs.settings import CanarySettings
 from tests.workers.serving.sites import TEXTS, Site, site
 from tests.workers.serving.test_replica import publish, replica, said, title
 from workers.base_model import BaseModel
-from workers.serving.batcher import Batcher
+from workers.serving.batcher import Batcher, Said
 from workers.serving.canary import Comparison, agree, is_in, summed
-from workers.serving.question import Answer, Question
+from workers.serving.question import Answer, Question, Writing
 from workers.serving.replica import Replica
 
 KEYS = [f"caller-{n}" for n in range(400)]
@@ -95,7 +97,58 @@ def test_a_request_that_the_canary_cannot_answer_whole_is_mains(beside: tuple[Si
     assert good.version == made.version - 1
     assert not isinstance(bad, Answer)
     assert one.canary is not None
+    assert one.canary.comparison.as_dict()["failed"] == 0  # it was asked wrongly, of whichever version
+
+
+def test_a_request_that_only_main_can_answer_is_counted(beside: tuple[Site, Replica]) -> None:
+    made, one = beside
+    one.set_canary(CanarySettings(version=1, share=1.0))  # a version before the task was there
+    one.follow()
+    (answer,) = said(one.answer([Question(title(made, "seed-1"), TEXTS[0], key="anybody")]))
+    assert answer.version == made.version - 1
+    assert one.canary is not None
     assert one.canary.comparison.as_dict()["failed"] == 1
+
+
+def compared(one: Replica, batcher: Batcher, *requests: list[Question]) -> tuple[list[list[Said]], dict[str, Any]]:
+    """Answers to requests that come at the same time, and what was counted once all was compared."""
+
+    async def ask() -> list[list[Said]]:
+        found = await asyncio.gather(*(batcher.answer(questions) for questions in requests))
+        while batcher._comparing:
+            await asyncio.wait(batcher._comparing)
+        return [list(answers) for answers in found]
+
+    found = asyncio.run(ask())
+    assert one.canary is not None
+    return found, one.canary.comparison.as_dict()
+
+
+def test_a_neighbour_that_asks_wrongly_takes_no_request_of_the_same_key_from_the_canary(
+    beside: tuple[Site, Replica],
+) -> None:
+    made, one = beside
+    task, key = title(made, "seed-0"), next(key for key in KEYS if is_in(key, 0.5))
+    good, bad = [Question(task, TEXTS[0], key=key)], [Question("team/nobodys", "a", key=key)]
+    (answers, refused), counted = compared(one, Batcher(one, 16), good, bad)
+    assert [answer.version for answer in said(answers)] == [made.version]
+    assert not isinstance(refused[0], Answer)
+    assert (counted["failed"], counted["canary"]["requests"], counted["main"]["requests"]) == (0, 1, 0)
+
+
+def test_only_what_its_key_gave_to_one_of_the_two_is_compared(beside: tuple[Site, Replica]) -> None:
+    made, one = beside
+    task, main = title(made, "seed-0"), made.version - 1
+    mine, other = (next(key for key in KEYS if is_in(key, 0.5) is inside) for inside in (True, False))
+    by_id = Question("seed-0", TEXTS[0], key=mine)
+    _, counted = compared(one, Batcher(one, 16), [by_id])
+    assert counted["tasks"] == {task: {"requests": 1, "rows": 1, "agreed": counted["tasks"][task]["agreed"]}}
+    streamed = replace(Question(task, TEXTS[0], key=other), wrote=lambda piece: None)
+    drawn = Question(task, TEXTS[0], key=mine, writing=Writing(temperature=1.0))
+    for question, canarys in ((Question(task, TEXTS[0], main, key=other), 1), (streamed, 1), (drawn, 2)):
+        _, counted = compared(one, Batcher(one, 16), [question])
+        assert (counted["canary"]["requests"], counted["main"]["requests"]) == (canarys, 0)
+        assert counted["tasks"][task]["rows"] == 1
 
 
 def test_both_are_compared_after_the_caller_has_the_answer_unless_others_wait(beside: tuple[Site, Replica]) -> None:

@@ -28,7 +28,7 @@ from workers.features import collator
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_batch import Asked, MixedBatch, Said
 from workers.serving.mixed_layers import Batch, Current, MixedLayer, TaskFactors
-from workers.serving.question import Answer
+from workers.serving.question import Answer, Writing
 from workers.serving.task_file import TaskFile
 
 
@@ -96,6 +96,20 @@ def test_the_update_counts(tmp_path: Path) -> None:
         assert answer.probabilities is not None
         difference = torch.tensor(list(answer.probabilities.values())) - logits.softmax(dim=-1)[0]
         assert difference.abs().max() > 1e-3, task
+
+
+def test_a_long_answer_takes_none_of_the_prompt(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    made = site(base, "causal_lm", ["q_proj"], max_new_tokens=8)
+    row = CompletionRow((("user", TEXTS[0]), ("assistant", "")), False)
+    short, long, longer = (
+        mixed(made).answer([Asked("seed-0", row, Writing(new_tokens=limit))])[0] for limit in (None, 60, 4000)
+    )
+    assert short.prompt_tokens == long.prompt_tokens == longer.prompt_tokens > 4
+    assert (long.warning, longer.warning) == ("", "")
+    assert long.text == longer.text
+    assert (long.text or "").startswith(short.text or "")
+    assert long.tokens <= 64 - long.prompt_tokens
 
 
 def test_regressions_give_numbers(tiny: Callable[[str], BaseModel]) -> None:

@@ -259,10 +259,9 @@ def test_a_request_of_which_the_canary_cannot_write_every_row_is_written_by_main
     one = replica(writers, writers.version - 1)
     one.set_canary(CanarySettings(version=writers.version, share=1.0))
     one.follow()
-    too_long = Writing(new_tokens=64)
     asked = [Question("seed-0", TEXTS[0], key="a"), Question("seed-0", TEXTS[1], key="b")]
-    first, second, refused = one.answer([*asked, Question("seed-0", TEXTS[1], writing=too_long, key="b")])
+    first, second, refused = one.answer([*asked, Question("seed-0", {"promt": "a"}, key="b")])
     assert [answer.version for answer in said([first, second])] == [writers.version, writers.version - 1]
-    assert "leaves no room for a prompt" in str(refused)
+    assert "promt" in str(refused)
     assert one.canary is not None
-    assert one.canary.comparison.as_dict()["failed"] == 1
+    assert one.canary.comparison.as_dict()["failed"] == 0  # main cannot answer it either

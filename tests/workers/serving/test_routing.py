@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from subspace_store.module_names import plain
 from tests.subspace_store.builders import fresh_storage
 from tests.workers.serving.sites import TEXTS, Site, site
 from tests.workers.serving.test_replica import replica, said, title
-from workers.base_model import BaseModel
+from tests.workers.tiny_bases import save_llama
+from tests.workers.worker_builders import tiny_settings
+from workers.base_model import BaseModel, load_base_model
 from workers.rows.task_data import CompletionRow, TextRow
 from workers.serving.question import AUTO, Answer, Question
 from workers.serving.routing import Router, features, features_key, keep_sums, read_sums, sums_of, text_of, write_sums
@@ -132,3 +135,26 @@ def test_a_question_of_no_task_is_answered_by_the_one_that_it_is_for(made: Site)
         (refused,) = one.answer([wrong])
         assert isinstance(refused, error)
     assert isinstance(replace(found[0], routed=None), Answer)
+    # Whoever asks at the same time is told what is wrong with his own row alone.
+    odd = [two, Question(AUTO, {"messages": "hello"}), Question(AUTO, {"messages": [7]}), Question(AUTO, [])]  # type: ignore[arg-type]
+    *wrong_ones, right = one.answer([*odd, Question(AUTO, green[0])])
+    assert [type(said_) for said_ in wrong_ones] == [InvalidInput] * 4
+    assert isinstance(right, Answer)
+    assert right.task_id == "seed-1"
+
+
+def test_a_chat_of_no_task_keeps_all_its_messages(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, chat=True, initializer_range=0.6)))
+    one = replica(made := site(base, "causal_lm", ["q_proj"], max_new_tokens=4, messages_column="messages"))
+    chat = [
+        {"role": "user", "content": "The capital of France is"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "grass"},
+    ]
+    for is_chat in (True, None):
+        auto = Question(AUTO, {"messages": chat}, by="energy", is_chat=is_chat)
+        (answer,) = said(one.answer([auto]))
+        (named,) = said(one.answer([replace(auto, task=title(made, answer.task_id), by="")]))
+        assert (answer.text, answer.prompt_tokens) == (named.text, named.prompt_tokens)
+        (last,) = said(one.answer([replace(auto, task=title(made, answer.task_id), inputs={"messages": chat[-1:]})]))
+        assert answer.prompt_tokens > last.prompt_tokens
