@@ -24,6 +24,7 @@ from configs.settings import BaseModelSettings, SubspaceSettings
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.merging.merge import merge_adapters
 from workers.base_model import BaseModel
+from workers.weights import Loaded
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MERGES = 3
@@ -106,7 +107,7 @@ def random_base(shape: Shape, device: torch.device) -> BaseModel:
         torch.set_default_dtype(kept)
     model.config.use_cache = False
     settings = BaseModelSettings(name="random", source="random", weights_sha256="0" * 64, dtype="bfloat16")
-    return BaseModel(settings, model, set(), ("causal_lm",), tokenizer, None)
+    return BaseModel(settings, Loaded(model, frozenset(), has_more=False), {}, {}, ("causal_lm",), tokenizer, None)
 
 
 def words_tokenizer() -> Any:

@@ -79,7 +79,7 @@ class BaseModel:
         called: Names by which the checkpoint says it is known.
 
     Raises:
-        InvalidInput: The checkpoint lacks a part of the backbone.
+        InvalidInput: The checkpoint lacks a part of the backbone, or none of its layers was quantised.
     """
 
     def __init__(
@@ -110,6 +110,13 @@ class BaseModel:
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._is_float32 = settings.dtype == "float32" and settings.quantization == "none"
         self._quantized = _quantized_modules(model) if settings.quantization != "none" else {}
+        if settings.quantization != "none" and not self._quantized:
+            raise InvalidInput(
+                f"a {model.config.model_type} model is not read with {settings.quantization}: its layers lie in no one "
+                "backbone",
+                "base_model.quantization",
+                "set it to none (dtype bfloat16 halves the memory)",
+            )
         self._flags = {
             flag: getattr(model, flag) for flag in QUANTIZED_FLAGS if self._quantized and hasattr(model, flag)
         }

@@ -208,6 +208,16 @@ def test_labels_that_are_the_same_to_the_tokenizer_are_refused(tmp_path: Path) -
         base.task_model(task_of_kind("image_text", ("Paris", "paris")))
 
 
+def test_quantised_towers_are_refused_and_not_taken_for_whole_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.base_model.check_quantization", lambda *_: None)  # as on a machine with a GPU
+    monkeypatch.setattr("workers.weights._quantization_options", lambda _: {})
+    settings = tiny_settings(str(folder)).model_copy(update={"quantization": "nf4"})
+    with pytest.raises(InvalidInput, match="a clip model is not read with nf4"):
+        load_base_model(settings)
+
+
 def test_in_bfloat16_similarities_are_not_rounded(folder: Path) -> None:
     settings = tiny_settings(str(folder)).model_copy(update={"dtype": "bfloat16"})
     half = load_base_model(settings)
