@@ -98,6 +98,23 @@ def test_the_update_counts(tmp_path: Path) -> None:
         assert difference.abs().max() > 1e-3, task
 
 
+def test_a_language_models_logits_are_those_of_each_exported_adapter(tmp_path: Path) -> None:
+    base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
+    made = site(base, "causal_lm", ["q_proj", "down_proj", "up_proj"], max_new_tokens=8)
+    batch = mixed(made)
+    tasks = [batch._task(task) for task in made.specs]
+    shared = batch._model(tasks[0].spec)
+    ids = base.tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    with torch.inference_mode(), shared.serving(shared.together(tasks)):
+        found = shared.model(input_ids=ids.repeat(len(tasks), 1)).logits
+    for task, logits in zip(made.specs, found, strict=True):
+        alone = adapted_model(base, made.store.adapter(task, made.version), made.specs[task]).eval()
+        with torch.inference_mode():
+            expected = alone(input_ids=ids).logits[0]
+        assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())), task
+    assert (found[0] - found[1]).abs().max() > 0.1  # the tasks differ
+
+
 def test_a_long_answer_takes_none_of_the_prompt(tmp_path: Path) -> None:
     base = load_base_model(tiny_settings(save_llama(tmp_path, initializer_range=0.6)))
     made = site(base, "causal_lm", ["q_proj"], max_new_tokens=8)
