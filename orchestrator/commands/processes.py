@@ -64,7 +64,7 @@ from subspace_store.commands.state_folder import (
     service_settings,
     settings_text,
 )
-from subspace_store.commands.terminal import TELL_SECONDS, counted, telling
+from subspace_store.commands.terminal import TELL_SECONDS, counted, silent_seconds, telling
 from subspace_store.doctor import examine
 from subspace_store.log.store_format import check_place
 from subspace_store.log.version import MAIN
@@ -140,9 +140,11 @@ def up(
     started: list[subprocess.Popen[bytes]] = []
     try:
         with _alone(state_dir, say):
-            _end_what_stands_still(settings, state_dir, say)
+            with telling("looking at what runs here", say):
+                _end_what_stands_still(settings, state_dir, say)
             _await_what_ends(state_dir, say)
-            _end_left_behind(state_dir, say)
+            with telling("looking for what was left behind", say):
+                _end_left_behind(state_dir, say)
             if running_server(state_dir) is None:
                 if settings.production:
                     _refuse_unsafe_storage(settings, say)
@@ -550,7 +552,7 @@ def _refuse_taken_port(settings: Settings) -> None:
 def _wait_for_workers(settings: Settings, state_dir: Path, say: Say) -> dict[str, Any]:
     """The status once every worker is warm, and each process has given a sign of life since now."""
     began = time.monotonic()
-    until, said_at = began + START_SECONDS, began
+    until, said_at = began + START_SECONDS, began - silent_seconds()
     client, said, told = Client(state_dir, say), "", set[str]()
     while True:
         health: dict[str, Any] = client.ask(Health())

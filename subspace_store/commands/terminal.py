@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,8 +34,9 @@ StateDir = Annotated[
 ]
 STATE_DIR = Path(".onebasis")
 FIRST_SECONDS = 6.0
+"""Longest silence, from the last word or from the command's start, before people are told what it waits for."""
 TELL_SECONDS = 8.0
-"""Interval at which people are told that it takes longer: nobody looks at a silent terminal for longer than ten
+"""Interval at which they are told that it takes longer: nobody looks at a silent terminal for longer than ten
 seconds."""
 OpKey = Annotated[
     str,
@@ -151,6 +153,7 @@ def command_of(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*args: Any, **options: Any) -> None:
+            _break_silence()
             try:
                 if options.get("base_model") and not options.get("as_json"):
                     note(f"base model {options['base_model']}")
@@ -188,24 +191,36 @@ def show(answer: Any, as_text: Callable[[Any], None], as_json: bool) -> None:
         as_text(answer)
 
 
+_noted_at: float | None = None
+
+
 def note(text: str) -> None:
     """A line on what happens now; on stderr, so that output can be piped."""
     errors.print(escape(text), soft_wrap=True)
+    _break_silence()
+
+
+def _break_silence() -> None:
+    global _noted_at
+    _noted_at = time.monotonic()
+
+
+def silent_seconds() -> float:
+    """Seconds since the last note of this command, or since it began; 0 in a program that runs none."""
+    return 0.0 if _noted_at is None else time.monotonic() - _noted_at
 
 
 @contextlib.contextmanager
 def telling(what: str, say: Callable[[str], None] = note) -> Iterator[None]:
-    """Tell people what is going on in the block, if it takes longer than a few seconds."""
-    done = threading.Event()
+    """Tell people what is going on in the block, if it takes longer than a few seconds. Several short blocks without a
+    word are one silence: a block is told sooner if there was none for a while."""
+    done, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        waited = FIRST_SECONDS
-        if done.wait(waited):
-            return
-        say(f"still {what}, for {waited:.0f} s")
-        while not done.wait(TELL_SECONDS):
-            waited += TELL_SECONDS
-            say(f"still {what}, for {waited:.0f} s")
+        pause = max(FIRST_SECONDS / 4, FIRST_SECONDS - silent_seconds())
+        while not done.wait(pause):
+            say(f"still {what}, for {time.monotonic() - began:.0f} s")
+            pause = TELL_SECONDS
 
     threading.Thread(target=tell, daemon=True).start()
     try:

@@ -163,6 +163,31 @@ def test_up_ends_what_it_started_and_says_that_it_did_not_come_up_only_where_it_
     assert started.poll() is not None
 
 
+def test_up_counts_the_silence_before_it_waits_for_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A killed store is opened anew in ten seconds: `up` had said nothing of it for as long as it took to start, and
+    # then for eight seconds more.
+    asked: list[object] = []
+
+    class Opens:
+        def __init__(self, *_: object) -> None: ...
+
+        def ask(self, request: object) -> dict[str, object]:
+            asked.append(request)
+            return {"running": True, "alarms": [], "store_is_open": len(asked) > 1}
+
+    monkeypatch.setattr(processes, "Client", Opens)
+    monkeypatch.setattr(processes, "silent_seconds", lambda: processes.TELL_SECONDS - 4)
+    said: list[str] = []
+    processes._wait_for_workers(settings(tmp_path), tmp_path, said.append)
+    assert said == []
+    asked.clear()
+    monkeypatch.setattr(processes, "silent_seconds", lambda: processes.TELL_SECONDS + 0.1)
+    processes._wait_for_workers(settings(tmp_path), tmp_path, said.append)
+    assert said == ["asking every process"]
+
+
 @pytest.mark.parametrize("has_address", [True, False], ids=["it trains", "it gives the store up"])
 def test_up_waits_for_a_control_plane_that_an_interrupted_down_is_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_address: bool

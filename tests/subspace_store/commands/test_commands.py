@@ -135,6 +135,17 @@ def test_a_command_that_waits_for_a_slow_store_says_so(
     assert re.search(r"still (reading|writing|looking|checking|examining) .*, for 0 s", result.stderr)
 
 
+def test_short_blocks_without_a_word_are_one_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "FIRST_SECONDS", 0.4)
+    said: list[str] = []
+    terminal.note("begins")
+    for _ in range(3):
+        with terminal.telling("waiting", said.append):
+            time.sleep(0.25)
+    assert said
+    assert terminal.silent_seconds() == pytest.approx(0.75, abs=0.2)
+
+
 def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on(
     run: Command, store: SubspaceStore
 ) -> None:
