@@ -37,6 +37,7 @@ Kind = Literal[
     "image_classification",
     "image_regression",
     "image_text",
+    "text_to_image",
 ]
 Metric = Literal[
     "accuracy",
@@ -51,6 +52,7 @@ Metric = Literal[
     "log_likelihood",
     "exact_match",
     "rouge_l",
+    "none",
 ]
 _CLASSIFICATION: tuple[Metric, ...] = (
     "accuracy",
@@ -66,8 +68,10 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "image_classification": _CLASSIFICATION,
     "image_regression": ("neg_mean_absolute_error", "pck"),
     "image_text": _CLASSIFICATION,
+    "text_to_image": ("none",),
 }
-"""Metrics of each kind of task, the default first. For all of them a larger value is better."""
+"""Metrics of each kind of task, the default first. For all of them a larger value is better. `none` is that of tasks
+that nothing here can score."""
 SCORE_MAX: dict[Metric, float] = dict.fromkeys(get_args(Metric), 1.0) | {
     "log_likelihood": 0.0,
     "neg_mean_absolute_error": 0.0,
@@ -78,6 +82,8 @@ REGRESSION_KINDS: tuple[Kind, ...] = ("sequence_regression", "image_regression")
 IMAGE_KINDS: tuple[Kind, ...] = ("image_classification", "image_regression", "image_text")
 HEADLESS_KINDS: tuple[Kind, ...] = ("causal_lm", "image_text")
 """Kinds whose answers come from the checkpoint's own layers: their tasks have an update and nothing else."""
+BROUGHT_KINDS: tuple[Kind, ...] = ("text_to_image",)
+"""Kinds whose tasks are only imported: nothing here trains them, scores them or answers by them."""
 _WRITES_FILES = re.compile("(_path|_file|_dir)$|^(tensorboard|csv_monitor|wandb|comet|autotuning|nebula)$")
 """Keys of DeepSpeed that make it write files, most of them at a place that the task chooses."""
 
@@ -251,7 +257,7 @@ class MethodSpec(Section):
     name: Literal["lora", "share", "codyra", "auto", "import"] = "auto"
     """Method: `lora` trains a PEFT LoRA; `share` coefficients in frozen directions; `codyra` a LoRA with gates that
     choose the rank of each module; `auto` trains the task with each of `candidates` and keeps the fewest numbers that
-    its score needs; `import` takes the PEFT folder in `adapter` as it is."""
+    its score needs; `import` takes the adapter in `adapter` as it is."""
     candidates: tuple[Literal["share", "lora", "codyra"], ...] = Field(("share", "lora"), min_length=1)
     """Methods that `auto` trains the task with, each to its end. With one of them it only finds the size."""
     loss_max: float = Field(0.005, ge=0)
@@ -259,7 +265,7 @@ class MethodSpec(Section):
     loss of the right label's probability or of a correlation (in proportion less where that is below one half), of a
     token's log-likelihood, or a share of the mean error of several numbers."""
     adapter: Annotated[str | None, Located(real)] = None
-    """Folder with adapter_config.json and adapter_model.safetensors, for `import`."""
+    """Folder with adapter_config.json and adapter_model.safetensors, or a LoRA file of diffusers, for `import`."""
     start_of_a: Literal["random", "basis"] = "random"
     """Start of A, for `lora`. `basis`: inside the span of the subspace's basis, which merges with less error."""
     directions: Literal["learned", "foundation"] = "learned"
@@ -411,6 +417,10 @@ class TaskSpec(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> TaskSpec:
         data, method = self.data, self.method
+        if self.kind in BROUGHT_KINDS and (method.name != "import" or data.eval_file):
+            raise ValueError(
+                f"kind '{self.kind}' is neither trained nor scored here: it takes method.name 'import', and no rows"
+            )
         least_labels = {"image_regression": 1}.get(self.kind, 2 if self.kind in CLASSIFICATION_KINDS else 0)
         if data.eval_file and data.eval_fraction:
             raise ValueError("data.eval_file and data.eval_fraction exclude each other")
@@ -424,7 +434,7 @@ class TaskSpec(Section):
             raise ValueError("method.share_full needs method.refine_epochs, how long to train each time")
         if method.name == "import":
             if not method.adapter:
-                raise ValueError("method.name 'import' needs method.adapter, the PEFT folder")
+                raise ValueError("method.name 'import' needs method.adapter, a PEFT folder or diffusers' file")
             if data.eval_fraction:
                 raise ValueError("method.name 'import' has no training rows: data.eval_fraction has no meaning")
             if method.refine_epochs:

@@ -25,7 +25,7 @@ from configs.errors import Conflict, Corrupt, InvalidInput, NotFound
 from subspace_store.adapter import Adapter
 from subspace_store.digests import digest
 from subspace_store.formats import diffusers
-from subspace_store.formats.diffusers import write_diffusers_file
+from subspace_store.formats.adapters import write_adapter
 from subspace_store.formats.loaders import LOADERS, refusals, vllm_max_rank
 from subspace_store.formats.peft import export_rank, write_peft_folder
 from subspace_store.log.version import MAIN, MergedTask
@@ -299,13 +299,7 @@ def _export(reader: SubspaceReader, folder: Path, number: int, task: MergedTask,
         base_sha256=adapter.base_sha256,
     )
 
-    def write(partial: Path) -> None:
-        if kind == diffusers.FORMAT:
-            write_diffusers_file(partial / diffusers.WEIGHTS_FILE, adapter)
-        else:
-            write_peft_folder(partial, adapter, base_source)
-
-    return _written(folder, exported, write, known)
+    return _written(folder, exported, lambda partial: write_adapter(partial, adapter, base_source), known)
 
 
 def _written(folder: Path, exported: Exported, write: Callable[[Path], None], known: dict[str, Any]) -> Exported:

@@ -7,7 +7,7 @@ One checkpoint serves all kinds of task that its architecture has. Layers of the
 so that all tasks of a base model share one subspace. Output layers, and what the checkpoint lacks, are the *head*
 (`heads.py`): they are trained with the task and travel with its adapter. What the checkpoint has after the backbone is
 kept. A causal language model has no head: its output layer belongs to the checkpoint. Nor has a model that compares
-pictures with texts (two_towers.py).
+pictures with texts (two_towers.py). Of a pipeline that makes pictures only the layers' shapes are known (`Pipeline`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from configs.settings import BaseModelSettings
 from configs.task_spec import CLASSIFICATION_KINDS, HEADLESS_KINDS, Kind, TaskSpec
 from subspace_store.adapter import Adapter
 from workers.architecture import head_layout, inside, linear_shapes, usable_positions
-from workers.heads import HeadLayout, check_head, kept_outputs, owner
+from workers.heads import NO_HEAD, HeadLayout, check_head, kept_outputs, owner
 from workers.model_folder import (
     AUTO_CLASSES,
     called_of,
@@ -40,6 +40,7 @@ from workers.model_folder import (
     settle_padding,
     tokenizer_of,
 )
+from workers.pipeline_folder import is_pipeline, linear_layers
 from workers.two_towers import PromptedClip, prompt_tokens
 from workers.weights import (
     Loaded,
@@ -350,6 +351,47 @@ class BaseModel:
             setattr(model, flag, value)
 
 
+class Pipeline(BaseModel):
+    """A pipeline that makes pictures, of which only the layers are known: what was trained elsewhere is imported,
+    merged and exported for it. Nothing is trained, scored or answered by it, and no weights are in memory.
+
+    Args:
+        settings: Settings that it was found with.
+        shapes: (N, D) of every layer, by its name in diffusers' LoRA files.
+        called: Names by which it is known.
+
+    Raises:
+        InvalidInput: The settings say how to hold weights, and none are held.
+    """
+
+    def __init__(
+        self, settings: BaseModelSettings, shapes: Mapping[str, tuple[int, int]], called: tuple[str, ...]
+    ) -> None:
+        if settings.quantization != "none":
+            raise InvalidInput(
+                "of a pipeline that makes pictures no weights are held",
+                "base_model.quantization",
+                "leave it out",
+            )
+        self.name, self.sha256, self.called = settings.name, settings.weights_sha256, called
+        self.tokenizer = self.image_processor = None
+        self.prefix = ""
+        self.device = torch.device("cpu")
+        self.stores_transposed = set()
+        self._positions = None
+        self._quantized, self._shared = {}, {}
+        self._heads = {"text_to_image": NO_HEAD}
+        self._shapes = {"text_to_image": dict(shapes)}
+
+    def task_model(self, spec: TaskSpec, seed: int = 0, adapter: Adapter | None = None) -> Any:
+        """Raises InvalidInput: nothing is trained, scored or answered by it."""
+        raise InvalidInput(
+            f"nothing is trained, scored or answered by {self.name!r}, a pipeline that makes pictures",
+            f"{spec.team}/{spec.name}",
+            "`onebasis export` writes the LoRA that diffusers loads",
+        )
+
+
 def load_base_model(settings: BaseModelSettings) -> BaseModel:
     """Load tokenizer or image processor, configuration and weights.
 
@@ -372,6 +414,8 @@ def load_base_model(settings: BaseModelSettings) -> BaseModel:
             f'if these are the weights that you mean, write `weights_sha256: "{sha256}"` below `base_model:` in the '
             "settings file of `onebasis up --config FILE`; else, and for a store of the other weights, restore those",
         )
+    if is_pipeline(folder):
+        return Pipeline(settings, linear_layers(folder), called_of(folder, settings))
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer, image_processor = tokenizer_of(folder), image_processor_of(folder)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.errors import InvalidInput
-from configs.task_spec import ALL_LINEAR, IMAGE_KINDS, TaskSpec
+from configs.task_spec import ALL_LINEAR, BROUGHT_KINDS, IMAGE_KINDS, TaskSpec
 from subspace_store.adapter import Adapter, ModuleUpdate
 from subspace_store.formats.peft import TARGETS, TRAINED_ON, TRAINED_ON_SHA256, UNKNOWN_SETTINGS
 from subspace_store.formats.peft_config import adapted
@@ -29,7 +29,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 def check_lengths(spec: TaskSpec, length_max: int) -> None:
     """Refuse inputs and answers longer than the base model has positions for. Raises InvalidInput."""
-    if spec.kind in IMAGE_KINDS or (spec.method.name == "import" and not spec.data.eval_file):
+    if spec.kind in (*IMAGE_KINDS, *BROUGHT_KINDS) or (spec.method.name == "import" and not spec.data.eval_file):
         return  # there are no texts
     if spec.data.max_length > length_max:
         raise InvalidInput(

@@ -43,6 +43,10 @@ class HeadLayout:
     """Labels that the checkpoint's config.json names (id2label), whether it has an output layer or not."""
 
 
+NO_HEAD = HeadLayout(shapes={})
+"""Of tasks that have an update and nothing else."""
+
+
 def kept_outputs(layout: HeadLayout, spec: TaskSpec) -> tuple[int, ...] | None:
     """The checkpoint's output for each output of the task, from which training starts.
 

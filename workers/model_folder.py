@@ -24,6 +24,7 @@ from configs.errors import InvalidInput
 from configs.settings import BaseModelSettings
 from configs.task_spec import IMAGE_KINDS, Kind
 from workers.architecture import position_offset
+from workers.pipeline_folder import PIPELINE_FILE, is_pipeline
 
 AUTO_CLASSES: dict[Kind, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
@@ -61,7 +62,8 @@ def settle_padding(tokenizer: Any, model: Any, where: str) -> None:
 
 def called_of(folder: Path, settings: BaseModelSettings) -> tuple[str, ...]:
     """Names by which the model may be known elsewhere: what people load it as, what its configuration says."""
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    file = folder / (PIPELINE_FILE if is_pipeline(folder) else "config.json")
+    said = json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")
     return tuple(dict.fromkeys(name for name in (settings.name, settings.source, said) if name))
 
 

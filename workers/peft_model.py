@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.task_spec import Kind
 
-TASK_TYPES: dict[Kind, str | None] = {
+TASK_TYPES: dict[Kind, str | None] = {  # of the kinds that are trained
     "sequence_classification": "SEQ_CLS",
     "sequence_regression": "SEQ_CLS",
     "image_classification": None,  # PEFT's SEQ_CLS would hand token ids to the model

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from configs.errors import InvalidInput, Unavailable
 from configs.places import is_local
 from configs.settings import BaseModelSettings
+from workers.pipeline_folder import is_pipeline, weight_files
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,19 +53,19 @@ def resolve_source(source: str) -> Path:
         folder = Path(source).expanduser()
     else:
         folder = _download(source)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_pipeline(folder):
         raise InvalidInput(f"has no config.json: {folder}", source, "name a folder saved by save_pretrained")
     return folder
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 of `model.safetensors`; with shards, sha256 of their digests' text in the order of their names."""
+    """sha256 of `model.safetensors`; with shards, and of a pipeline's parts that take a LoRA, sha256 of the files'
+    digests' text in the order of their names."""
+    if is_pipeline(folder):
+        return _digest_of_all(list(weight_files(folder).values()))
     if (folder / INDEX_FILE).is_file():
         shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
-        with ThreadPoolExecutor(DIGESTS_AT_ONCE) as pool:
-            return hashlib.sha256(
-                "".join(pool.map(_file_digest, [folder / name for name in shards])).encode()
-            ).hexdigest()
+        return _digest_of_all([folder / name for name in shards])
     if not (folder / WEIGHTS_FILE).is_file():
         raise InvalidInput(f"has no {WEIGHTS_FILE}", str(folder), "save the base model with safetensors")
     return _file_digest(folder / WEIGHTS_FILE)
@@ -189,6 +190,11 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _digest_of_all(files: Sequence[Path]) -> str:
+    with ThreadPoolExecutor(DIGESTS_AT_ONCE) as pool:
+        return hashlib.sha256("".join(pool.map(_file_digest, files)).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -25,7 +25,16 @@ import torch
 from configs.errors import Corrupt, InvalidInput, NotFound, OnebasisError, Unavailable, WorkersBusy
 from configs.log_lines import busy_with, warnings_told
 from configs.settings import BaseModelSettings, StorageSettings
-from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, DataSpec, Kind, LoraSpec, TaskSpec, TrainingSpec
+from configs.task_spec import (
+    BROUGHT_KINDS,
+    CLASSIFICATION_KINDS,
+    IMAGE_KINDS,
+    DataSpec,
+    Kind,
+    LoraSpec,
+    TaskSpec,
+    TrainingSpec,
+)
 from subspace_store.adapter import adapter_to_bytes
 from subspace_store.digests import digest
 from subspace_store.storage.opening import open_storage
@@ -420,7 +429,8 @@ def _failed(token: str, error: Exception) -> Failed:
 def warm_up(base: BaseModel) -> None:
     """Make this process ready for the tasks of a base model that it has just loaded."""
     # Weights that stay on the host, so that each rank's GPU takes its part, are too large for one process.
-    if base.device.type == "cuda" or not torch.cuda.is_available():
+    is_trained = not {*base.kinds} <= {*BROUGHT_KINDS}
+    if is_trained and (base.device.type == "cuda" or not torch.cuda.is_available()):
         _rehearse(base)
     # Trainer collects garbage before its first step: 0.3 s over the libraries' objects, 0.02 s without them.
     gc.collect()

@@ -8,7 +8,7 @@ from typing import Any
 from configs.places import is_in_bucket
 from configs.task_spec import FILE_KEYS, task_spec_of
 from configs.uploads import is_upload
-from subspace_store.formats.peft_files import READ_FILES
+from subspace_store.formats.adapter_files import READ_FILES
 
 
 def read_task(lines: Sequence[str]) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def read_task(lines: Sequence[str]) -> dict[str, Any]:
     for (section, key), folder in FILE_KEYS.items():
         place = getattr(getattr(spec, section), key)
         if place and not is_upload(place) and not is_in_bucket(place):
-            only = READ_FILES if folder == "adapter" else ()
+            is_file = place.endswith(".safetensors")  # a LoRA of diffusers, by any name
+            only = READ_FILES if folder == "adapter" and not is_file else ()
             files.append({"key": f"{section}.{key}", "place": place, "folder": folder, "only": list(only)})
     return {"title": f"{spec.team}/{spec.name}", "task": spec.model_dump(mode="json"), "files": files}

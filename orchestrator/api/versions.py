@@ -340,14 +340,14 @@ class Versions:
         return number, state.tasks_at(number)[self._task_id_at(state, number, reference)]
 
     def export(self, request: requests.Export) -> bytes:
-        """One task at a version as a zipped PEFT folder; default: what `main` holds."""
-        from subspace_store.formats.peft import write_peft_folder
+        """One task at a version as a zipped folder, of PEFT or of diffusers as it came; default: what `main` holds."""
+        from subspace_store.formats.adapters import write_adapter
 
         number, task = self.held(request.reference, request.version)
         adapter = self._store.adapter(task.task_id, number)
         packed = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
-            write_peft_folder(Path(folder), adapter, self._sources.settings.base(self.name).source)
+            write_adapter(Path(folder), adapter, self._sources.settings.base(self.name).source)
             for path in sorted(Path(folder).iterdir()):
                 archive.write(path, path.name)
         return packed.getvalue()

@@ -17,8 +17,9 @@ import typer
 
 from configs.document import check_document
 from configs.errors import Conflict, Exit, InvalidInput, NotFound, OnebasisError, error_from_dict
-from configs.places import located
+from configs.places import home, located
 from configs.task_spec import TaskSpec
+from configs.uploads import is_upload
 from orchestrator.api.client import Client, server_facts
 from orchestrator.api.requests import (
     FLIPPED,
@@ -243,10 +244,20 @@ def submit(
 
 @waiting_command
 def import_(
-    adapter: Annotated[str, typer.Argument(metavar="DIR", help="PEFT folder: adapter_config.json and safetensors.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="PEFT folder (adapter_config.json and safetensors), or a LoRA file that diffusers saved.",
+        ),
+    ],
     team: Annotated[str, typer.Option(help="Team that the task belongs to.")],
     name: Annotated[str, typer.Option(help="Name of the task.")],
     base_model: OfBaseModel = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind of the task; default: text_to_image for diffusers, else sequence_classification."),
+    ] = None,
     eval_file: Annotated[str | None, typer.Option(help="Rows to score it on; without them it has no score.")] = None,
     label_names: Annotated[str, typer.Option(help="Label names in the order of the outputs, comma-separated.")] = "",
     text_column: Annotated[str, typer.Option(help="Key of the text in each row.")] = "text",
@@ -259,7 +270,11 @@ def import_(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a PEFT adapter that was trained elsewhere as a task."""
+    """Submit an adapter that was trained elsewhere as a task."""
+    from subspace_store.formats.adapter_files import is_diffusers
+
+    if kind is None and not (their_files or is_upload(adapter) or "://" in adapter):
+        kind = "text_to_image" if is_diffusers(home(adapter)) else None
     data = {
         "eval_file": eval_file or None,
         "label_names": [label.strip() for label in label_names.split(",")] if label_names else [],
@@ -274,7 +289,7 @@ def import_(
         "base_model": base_model or _only_base_model(Client(state_dir)),
         "method": {"name": "import", "adapter": adapter},
         "data": data,
-    }
+    } | ({"kind": kind} if kind else {})
     spec = located(check_document(document, TaskSpec, "task"), Path.cwd())  # as text: a Path makes https:/ of a URL
     raise typer.Exit(submission.submit(Client(state_dir), spec, wait, dry_run, as_json, their_files))
 
@@ -737,7 +752,7 @@ def export(
     state_dir: StateDir = STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads."""
+    """Write one task as a PEFT adapter that peft.PeftModel.from_pretrained loads; a LoRA of diffusers as its file."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput("is not empty", str(output), "name a new folder")
     if at is not None and number is not None:

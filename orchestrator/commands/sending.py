@@ -21,7 +21,7 @@ from orchestrator.api.client import REMOTE, Client
 from orchestrator.api.requests import KeepUpload, MissingFiles, SendPiece, Submit
 from orchestrator.commands import display
 from subspace_store.commands.terminal import counted, me, note, telling
-from subspace_store.formats.peft_files import READ_FILES, refuse_pickle
+from subspace_store.formats.adapter_files import READ_FILES, refuse_pickle
 
 Json = dict[str, Any]
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from configs import log_lines
 from configs.errors import Conflict, InvalidInput, OnebasisError, QueueFull, renamed
 from configs.places import OpenFile, OutsideError, is_below, is_in_bucket, open_below
 from configs.settings import DEFAULT_POOL, BaseModelSettings, Settings
-from configs.task_spec import CLASSIFICATION_KINDS, IMAGE_KINDS, SCORE_MAX, TaskSpec
+from configs.task_spec import BROUGHT_KINDS, CLASSIFICATION_KINDS, IMAGE_KINDS, SCORE_MAX, TaskSpec
 from configs.uploads import UPLOAD, is_upload, upload_named
 from orchestrator.scheduling.pools import chosen_pool, pools_of
 from orchestrator.tasks.bucket_files import BucketFiles
@@ -184,24 +184,27 @@ def _imported(
     ranks: int,
 ) -> Draft:
     """Check the adapter to import and the rows to score it on."""
-    from subspace_store.formats.peft import SAVED, read_peft_folder
-    from subspace_store.formats.peft_files import READ_FILES
+    from subspace_store.formats.adapter_files import READ_FILES
+    from subspace_store.formats.adapters import read_adapter
+    from subspace_store.formats.peft import SAVED
     from workers.compatibility import incomplete, not_understood, trained_elsewhere, with_full_names, without_effect
     from workers.heads import check_head, check_whole, doubtful_labels
 
     if spec.data.train_file:  # here and not in the task's own checks: tasks of earlier releases may have one
         raise InvalidInput("an import trains nothing, so these rows have no use", "data.train_file", "leave it out")
-    folder, head = may_read.real(spec.method.adapter or "", "method.adapter", READ_FILES), layout.heads[spec.kind]
-    for name in READ_FILES:  # each may be a link to somewhere else
-        may_read.file(str(folder / name), "method.adapter")
+    place, head = may_read.real(spec.method.adapter or "", "method.adapter", READ_FILES), layout.heads[spec.kind]
+    for file in (place,) if place.is_file() else (place / name for name in READ_FILES):  # each may be a link elsewhere
+        may_read.file(str(file), "method.adapter")
     base = base_model_of(spec, settings)
-    brought = read_peft_folder(folder, base.name, layout.sha256, may_read.opener("method.adapter"))
-    named = with_full_names(brought, layout.module_shapes, head, str(folder))
-    check_whole(named, head, named.info.get(SAVED, "[]"), str(folder))
+    brought = read_adapter(place, base.name, layout.sha256, may_read.opener("method.adapter"))
+    _check_form(brought, spec)
+    named = with_full_names(brought, layout.module_shapes, head, str(place))
+    check_whole(named, head, named.info.get(SAVED, "[]"), str(place))
     check_head(named, spec, head, is_scored=evaluation is not None)
     doubts = (
         trained_elsewhere(named, layout.called or (base.source,)),
         not_understood(named),
+        _other_type(named, spec),
         incomplete(named, layout.module_shapes),
         without_effect(named, layout.rounding),
         doubtful_labels(named, spec, head),
@@ -212,10 +215,46 @@ def _imported(
     return Draft(spec, rows, _frozen(named), (*filter(None, doubts), *_warnings(rows), *_cut(spec, rows, layout)))
 
 
+def _check_form(adapter: Adapter, spec: TaskSpec) -> None:
+    """Refuse a LoRA of diffusers for a model that is no pipeline, and one of PEFT for a pipeline."""
+    from subspace_store.formats.diffusers import FORMAT
+
+    is_diffusers = adapter.info.get("format") == FORMAT
+    if is_diffusers and spec.kind not in BROUGHT_KINDS:
+        raise InvalidInput(
+            f"is a LoRA of diffusers, and '{spec.kind}' is no kind of a pipeline that makes pictures",
+            "method.adapter",
+            "set kind: text_to_image, for a base model that is such a pipeline",
+        )
+    if not is_diffusers and spec.kind in BROUGHT_KINDS:
+        raise InvalidInput(
+            "is a PEFT folder, which names no component of a pipeline",
+            "method.adapter",
+            "save it with the pipeline's save_lora_weights",
+        )
+
+
+def _other_type(adapter: Adapter, spec: TaskSpec) -> str:
+    """A warning where an adapter says that it is a language model's and is taken for something else, or the other way
+    round; else empty."""
+    said = adapter.info.get("task_type", "")
+    if not said or (said == "CAUSAL_LM") == (spec.kind == "causal_lm"):
+        return ""
+    return (
+        f"adapter_config.json says task_type {said}, and it is taken for a {spec.kind}: it would answer as one → set "
+        "kind, or import's option --kind"
+    )
+
+
 def _not_scored(spec: TaskSpec) -> str:
     """What an import without rows gives up; else empty."""
     if spec.data.eval_file:
         return ""
+    if spec.kind in BROUGHT_KINDS:
+        return (
+            f"nothing here scores a {spec.kind} task: the gate judges it by the error of its merge alone, never by "
+            "whether it works"
+        )
     own = f"; gate.min_score, {spec.gate.min_score:g}, has no effect" if spec.gate.min_score is not None else ""
     return (
         "there are no evaluation rows: the task will have no score, under this version or a later one, and the gate "

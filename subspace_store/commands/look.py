@@ -176,7 +176,7 @@ def forecast(
     as_json: AsJson = False,
 ) -> None:
     """Show what merging adapters would cost every task, without merging them and without data."""
-    from subspace_store.formats.reading import read_adapter
+    from subspace_store.formats.adapters import read_adapter
 
     place = place_of(store, state_dir, base_model)
     reader = reader_at(place)

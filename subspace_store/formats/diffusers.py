@@ -22,17 +22,18 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.errors import InvalidInput
+from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, canonical_update, check_adapter
+from subspace_store.formats.adapter_files import DIFFUSERS_FILE, DIFFUSERS_PICKLE_FILE
 from subspace_store.formats.peft import check_pair, check_saved, export_rank, padded_factors
 from subspace_store.formats.peft_config import Scaling, check_config
 from subspace_store.formats.weights_file import read_weights
 
 FORMAT = "diffusers"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
-PICKLE_FILE = "pytorch_lora_weights.bin"
 METADATA = "lora_adapter_metadata"  # the header's key for the configurations of all components
 
-_COMPONENT = re.compile(r"(unet|transformer(_2|_ref)?|text_encoder(_[23])?|text_conditioner|connectors)\.")
+COMPONENT = re.compile(r"unet|transformer(_2|_ref)?|text_encoder(_[23])?|text_conditioner|connectors")
+"""The parts of a pipeline for which diffusers saves LoRAs."""
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])|(?:lora|lora_linear_layer)\.(down|up))\.weight")
 _SAVE_AGAIN = "load it in diffusers and save it with the pipeline's save_lora_weights"
 
@@ -53,21 +54,22 @@ _REFUSED = (
 )
 
 
-def read_diffusers_file(path: Path, base_model: str, base_sha256: str) -> Adapter:
+def read_diffusers_file(path: Path, base_model: str, base_sha256: str, open_file: OpenFile = open_anywhere) -> Adapter:
     """Read a LoRA that diffusers saved.
 
     Args:
         path: The safetensors file, or a folder with `pytorch_lora_weights.safetensors` in it.
         base_model, base_sha256: The pipeline it is taken to belong to; the file cannot prove it.
+        open_file: Opens the file.
 
     Raises:
         InvalidInput: The file is missing or broken, or holds what cannot be represented: Kohya's names, DoRA,
             convolutions, embeddings, biases, textual inversions, pickles; names the tensor.
     """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if file.suffix in (".bin", ".pt", ".ckpt") or (not file.is_file() and (path / PICKLE_FILE).is_file()):
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
+    if file.suffix in (".bin", ".pt", ".ckpt") or (not file.is_file() and (path / DIFFUSERS_PICKLE_FILE).is_file()):
         raise InvalidInput("is a pickle, which can run code and is never read", str(path), _SAVE_AGAIN)
-    tensors, header = read_weights(file, "name a file saved by diffusers")
+    tensors, header = read_weights(file, "name a file saved by diffusers", open_file)
     found = _configurations(header, str(path))
     return from_diffusers(tensors, found, base_model=base_model, base_sha256=base_sha256, where=str(path))
 
@@ -131,7 +133,7 @@ def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
         InvalidInput: A module outside the components of a pipeline, or a head; diffusers has no place for them.
     """
     for name in (*adapter.head, *adapter.modules):
-        if name in adapter.head or not _COMPONENT.match(name):
+        if name in adapter.head or not COMPONENT.fullmatch(_component(name)):
             raise InvalidInput(f"has {name!r}, for which a file of diffusers has no place", todo="export it as PEFT")
     tensors: dict[str, Tensor] = {}
     for _, names in groupby(sorted(adapter.modules, key=_component), _component):
@@ -151,7 +153,7 @@ def _check_name(key: str, where: str) -> None:
     for pattern, why, todo in _REFUSED:
         if re.match(pattern, key):
             raise InvalidInput(f"has the tensor {key!r}, {why}", where, todo)
-    if not _COMPONENT.match(key):
+    if not COMPONENT.fullmatch(_component(key)):
         raise InvalidInput(f"has the tensor {key!r}, which names no component of a pipeline", where, _SAVE_AGAIN)
 
 

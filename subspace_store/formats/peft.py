@@ -22,6 +22,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, ModuleUpdate, canonical_update, check_adapter
+from subspace_store.formats.adapter_files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, refuse_pickle
 from subspace_store.formats.peft_config import (
     CLASSIFIER_HEADS,
     TARGET_SETTINGS,
@@ -33,7 +34,6 @@ from subspace_store.formats.peft_config import (
     read_config,
     unknown_settings,
 )
-from subspace_store.formats.peft_files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE, refuse_pickle
 from subspace_store.formats.weights_file import read_weights, weights_with_facts
 
 PREFIX = "base_model.model."  # PEFT's wrapper, in front of every name of the model

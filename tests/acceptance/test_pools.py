@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.api.requests import ListTasks
 from orchestrator.ray_head import ray_environment
 from tests.acceptance.conftest import Site
 from tests.ray_cluster import RayCluster, ray_cluster
@@ -87,12 +88,12 @@ def in_ray(site: Site, cluster: RayCluster) -> Iterator[InRay]:
 
 
 def states(site: Site) -> dict[str, Any]:
-    return {row["title"]: row["state"] for row in site.ask("tasks")}
+    return {row["title"]: row["state"] for row in site.look(ListTasks())}
 
 
 def at_work(site: Site) -> dict[str, str]:
     """Title of each task that does steps to its worker."""
-    rows = site.ask("tasks")
+    rows = site.look(ListTasks())
     return {row["title"]: row["worker"] for row in rows if row["state"] == "training" and row["progress"].get("step")}
 
 

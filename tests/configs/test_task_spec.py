@@ -93,7 +93,7 @@ def test_a_safe_name_is_taken(value: str) -> None:
         ({"data": {"eval_fraction": 0.1}}, "data.eval_file and data.eval_fraction exclude each other"),
         ({"pool": "small", "resources": {"ranks": 2}}, "pool and resources exclude each other"),
         ({"data": {"eval_is_train": True, "eval_file": None, "eval_fraction": 0.1}}, "data.eval_is_train is about"),
-        ({"method": {"name": "import"}}, "method.name 'import' needs method.adapter, the PEFT folder"),
+        ({"method": {"name": "import"}}, "method.name 'import' needs method.adapter, a PEFT folder or diffusers' file"),
         (
             {"method": {"name": "import", "adapter": "a"}, "data": {"eval_file": None, "eval_fraction": 0.1}},
             "method.name 'import' has no training rows: data.eval_fraction has no meaning",

@@ -1,4 +1,4 @@
-"""Method `import`: a PEFT folder trained elsewhere, as it is. A task without training."""
+"""Method `import`: an adapter that was trained elsewhere, as it is. A task without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.task_spec import TaskSpec
 from subspace_store.adapter import Adapter, adapter_from_bytes
-from subspace_store.formats.peft import read_peft_folder
+from subspace_store.formats.adapters import read_adapter
 from workers.base_model import BaseModel
 from workers.compatibility import with_full_names
 from workers.methods import NOTHING, Given
@@ -25,15 +25,15 @@ def after_step(prepared: Adapter, spec: TaskSpec, step: int, steps: int) -> None
 
 
 def prepare(base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:
-    """Read the adapter: `given.frozen`, or where that is empty the folder in spec.method.adapter.
+    """Read the adapter: `given.frozen`, or where that is empty what spec.method.adapter names.
 
     Raises:
-        InvalidInput: See `subspace_store.formats.peft.from_peft`.
+        InvalidInput: See `subspace_store.formats.adapters.read_adapter`.
         Corrupt: The frozen bytes are no adapter.
     """
     if given.frozen:
         return adapter_from_bytes(given.frozen, "the frozen adapter")
-    return read_peft_folder(Path(spec.method.adapter or ""), base.name, base.sha256)
+    return read_adapter(Path(spec.method.adapter or ""), base.name, base.sha256)
 
 
 def finish(prepared: Adapter, base: BaseModel, spec: TaskSpec, given: Given = NOTHING) -> Adapter:

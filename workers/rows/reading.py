@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import InvalidInput
-from configs.task_spec import DataSpec, TaskSpec
+from configs.task_spec import BROUGHT_KINDS, DataSpec, TaskSpec
 
 READING = "reading"
 """Name of the fact."""
@@ -31,7 +31,8 @@ def read_as(info: Mapping[str, str], base_model: str, title: str) -> TaskSpec:
         title: `team/task`.
 
     Raises:
-        InvalidInput: The adapter was published by a release that did not write the fact.
+        InvalidInput: The adapter was published by a release that did not write the fact; or nothing answers by a task
+            of its kind.
     """
     if READING not in info:
         raise InvalidInput(
@@ -40,6 +41,12 @@ def read_as(info: Mapping[str, str], base_model: str, title: str) -> TaskSpec:
             "submit it again under this release; `onebasis export` still hands it out",
         )
     known: Mapping[str, Any] = json.loads(info[READING])
+    if known["kind"] in BROUGHT_KINDS:
+        raise InvalidInput(
+            f"is a {known['kind']}, by which nothing is answered here",
+            title,
+            "`onebasis export` writes the LoRA that diffusers loads",
+        )
     team, _, name = title.partition("/")
     data = DataSpec(**known["data"], train_file="-", eval_file="-")  # a spec needs both
     return TaskSpec(team=team, name=name, base_model=base_model, kind=known["kind"], data=data)

@@ -32,7 +32,7 @@ from configs.errors import InvalidInput, OnebasisError, Unavailable
 from configs.places import storage as storage_place
 from configs.settings import StorageSettings
 from subspace_store.export import export_tasks
-from subspace_store.formats.peft_files import WEIGHTS_FILE
+from subspace_store.formats.adapter_files import WEIGHTS_FILE
 from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader

@@ -31,7 +31,11 @@ def test_of_a_folder_the_files_are_named_that_are_read_and_what_is_elsewhere_is_
     asked = lines(method={"name": "import", "adapter": "legal-adapter"}, data={"train_file": None, "eval_file": upload})
     (adapter,) = site.client.ask(ReadTask(lines=asked))["files"]
     assert (adapter["key"], adapter["place"], adapter["folder"]) == ("method.adapter", "legal-adapter", "adapter")
-    assert adapter["only"] == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "config.json", "pytorch_lora_weights.safetensors"]
+    assert adapter["only"] == names
+    asked = lines(method={"name": "import", "adapter": "style.safetensors"}, data={"train_file": None})
+    files = {one["key"]: one["only"] for one in site.client.ask(ReadTask(lines=asked))["files"]}
+    assert files["method.adapter"] == []  # a file, and not what is in a folder
     bucket = lines(data={"train_file": "s3://rows/train.csv", "eval_file": "s3://rows/eval.csv"})
     assert site.client.ask(ReadTask(lines=bucket))["files"] == []
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import Result
+from safetensors.torch import save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -658,6 +660,17 @@ def test_nor_over_http_and_the_ids_that_are_like_it_are_named(site: Site) -> Non
 
 def test_the_title_of_the_scores_is_one_line(onebasis: Onebasis) -> None:
     assert onebasis("scores").stdout.splitlines()[0] == "Score of each task under each version up to v2"
+
+
+def test_a_lora_file_of_diffusers_is_taken_for_one(onebasis: Onebasis, site: Site) -> None:
+    factors = {f"unet.to_q.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(factors, site.folder / "data" / "style.safetensors")
+    options = ("--team", "red", "--name", "x", "--base-model", "tiny", "--dry-run")
+    result = onebasis("import", str(site.folder / "data" / "style.safetensors"), *options)
+    assert "the adapter changes 'unet.to_q', which the base model 'tiny' does not have" in result.output
+    result = onebasis("import", str(site.folder / "data" / "style.safetensors"), *options, "--kind", "causal_lm")
+    assert "is a LoRA of diffusers, and 'causal_lm' is no kind of a pipeline" in result.output
+    assert "there is no such folder or file" in onebasis("import", "/gone.safetensors", *options).output
 
 
 def test_an_adapter_at_a_url_is_refused_by_that_url(onebasis: Onebasis) -> None:

@@ -23,7 +23,7 @@ from configs.document import check_document
 from configs.errors import Conflict, InvalidInput, NameTaken, QueueFull
 from configs.settings import Settings
 from configs.task_spec import METRICS, SCORE_MAX, TaskSpec
-from orchestrator.tasks.admission import admit, check_submission
+from orchestrator.tasks.admission import Draft, admit, check_submission
 from orchestrator.tasks.doubtful_settings import EVALUATION_ROWS_FEW
 from orchestrator.tasks.task_events import CancelRequested, Claimed, TrainingFailed
 from orchestrator.tasks.task_queue import TaskQueue
@@ -36,6 +36,7 @@ from tests.workers.tiny_bases import CHAT_TEMPLATE, talking_tokenizer
 from workers import tokens
 from workers.chat_template import ChatTemplate
 from workers.compatibility import chosen_modules
+from workers.heads import NO_HEAD
 from workers.orders import BaseLayout
 from workers.rows.frozen_rows import open_rows
 from workers.rows.task_data import TextRow
@@ -616,6 +617,81 @@ def test_an_import_of_another_shape_is_refused_with_both_shapes(desk: Desk) -> N
     assert "the adapter's 'layer.0.query' has shape (13, 10); the base model's is (12, 10)" in text
 
 
+def test_a_lora_of_diffusers_is_imported_for_a_pipeline_and_nothing_else(desk: Desk) -> None:
+    layer = "unet.mid_block.attentions.0.to_q"
+    layout = replace(LAYOUT, kinds=("text_to_image",), heads={"text_to_image": NO_HEAD}, module_shapes={layer: (6, 4)})
+    factors = {f"{layer}.lora_A.weight": torch.randn(2, 4), f"{layer}.lora_B.weight": torch.randn(6, 2)}
+    file = desk.data / "style.safetensors"
+    save_file(factors, file)
+    (desk.data / "saved").mkdir()
+    save_file(factors, desk.data / "saved/pytorch_lora_weights.safetensors")
+
+    def submission(place: Path | str, **changes: Any) -> dict[str, Any]:
+        method, none = {"name": "import", "adapter": str(place)}, {"eval_file": None, "label_names": None}
+        return desk.imported(**{"method": method, "kind": "text_to_image", "data": none, **changes})
+
+    def check(document: dict[str, Any], layout: BaseLayout = layout) -> Draft:
+        return check_submission(check_document(document, TaskSpec, "task"), desk.settings, layout)
+
+    frozen = []
+    for place in (file, desk.data / "saved"):
+        draft = check(submission(place))
+        assert draft.adapter is not None
+        draft.adapter.file.seek(0)
+        frozen.append(adapter_from_bytes(draft.adapter.file.read()))
+        (warning,) = draft.warnings
+        assert "nothing here scores a text_to_image task" in warning
+        draft.close()
+    for taken in frozen:
+        exact = (factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]).double()
+        assert torch.allclose(taken.modules[layer].delta(), exact, atol=1e-5)
+        assert taken.info["format"] == "diffusers"
+
+    with pytest.raises(InvalidInput, match=r"is a LoRA of diffusers.*\n.*kind: text_to_image"):
+        check(submission(file, kind="sequence_classification"), LAYOUT)
+    desk.peft()
+    with pytest.raises(InvalidInput, match="names no component of a pipeline"):
+        check(submission(desk.data / "peft"))
+    with pytest.raises(InvalidInput, match=r"has shape \(6, 4\); the base model's is \(6, 5\)"):
+        check(submission(file), replace(layout, module_shapes={layer: (6, 5)}))
+    save_file(factors, desk.data / "peft/pytorch_lora_weights.safetensors")
+    with pytest.raises(InvalidInput, match="which of them is meant, nobody can tell"):
+        check(submission(desk.data / "peft"))
+
+
+def test_a_lora_file_that_is_a_link_to_elsewhere_is_refused(desk: Desk, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    (desk.data / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (desk.data / "saved").mkdir()
+    (desk.data / "saved/pytorch_lora_weights.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    for name in ("link.safetensors", "saved"):
+        method = {"name": "import", "adapter": str(desk.data / name)}
+        assert "is outside the folders that this service reads" in desk.refuse(desk.imported(method=method))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "doubted"),
+    [
+        ("CAUSAL_LM", "sequence_classification", True),
+        ("CAUSAL_LM", "causal_lm", False),
+        ("SEQ_CLS", "sequence_classification", False),
+        ("SEQ_CLS", "causal_lm", True),
+        (None, "sequence_classification", False),
+    ],
+)
+def test_an_adapter_that_says_what_it_is_for_is_not_taken_for_something_else_without_a_word(
+    desk: Desk, said: str | None, kind: str, doubted: bool
+) -> None:
+    def say(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config |= {"task_type": said, "modules_to_save": None}
+        for name in [name for name in tensors if "lora" not in name]:
+            tensors.pop(name)
+
+    desk.peft(say)
+    warnings = warnings_of(desk, desk.imported(kind=kind, data={"eval_file": None, "label_names": None}))
+    assert any(f"says task_type {said}" in warning for warning in warnings) == doubted
+
+
 def test_an_import_of_an_unknown_module_is_refused_with_its_name(desk: Desk) -> None:
     def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         for part in "AB":
@@ -903,6 +979,8 @@ def test_an_import_that_is_a_pickle_is_never_read(desk: Desk) -> None:
 
 
 def test_an_import_of_a_folder_that_is_not_there_is_named(desk: Desk) -> None:
+    assert f"{desk.data}/peft: there is no such folder or file" in desk.refuse(desk.imported())
+    (desk.data / "peft").mkdir()
     assert str(desk.data / "peft/adapter_config.json") in desk.refuse(desk.imported())
 
 
