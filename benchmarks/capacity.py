@@ -2,6 +2,7 @@
 
     make bench-capacity                                    two minutes: random adapters, the worst case
     make bench-capacity BENCH=sharing                      two minutes: 1,000 tasks that were trained in one basis
+    make bench-capacity BENCH=pictures                     a minute: ten LoRAs at the shapes of Stable Diffusion 1.5
     make bench-capacity BENCH="unrelated [--data FOLDER]"  real tasks that have nothing in common: the six of examples/,
                                                            with --data ten; two to four minutes a task on one core, once
     make bench-capacity BENCH="related --data FOLDER --tasks N"    N tasks cut from one data set
@@ -12,8 +13,10 @@
 `random`: adapters at the shapes of MiniLM-L6's query and value (12 modules 384×384, rank 8, singular values that fall
 by a third each) are merged one by one under the default settings, with private parts and without (`beyond_rank_max:
 drop`). Every task is then read back from the files and compared with what was delivered, module by module. `sharing`:
-six such adapters make the basis, then tasks come that lie in its span, as coefficients trained in it do. The others are
-in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (default: the temporary folder).
+six such adapters make the basis, then tasks come that lie in its span, as coefficients trained in it do. `pictures`:
+random factors of rank 16 for the 128 attention layers of its UNet, and for the 48 of its text encoder in every third
+LoRA. The others are in benchmarks/real_streams.py. --keep FOLDER: where trained adapters are kept (default: the
+temporary folder).
 """
 
 from __future__ import annotations
@@ -39,12 +42,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks import forms, real_streams  # noqa: E402
 from configs.settings import SubspaceSettings  # noqa: E402
 from subspace_store import Adapter, SubspaceReader, SubspaceStore, canonical_update  # noqa: E402
+from subspace_store.formats.diffusers import from_diffusers  # noqa: E402
 from subspace_store.merging.basis import ModuleBasis  # noqa: E402
+from tests.stable_diffusion import random_lora  # noqa: E402
 from tests.subspace_store.builders import BASE, fresh_storage, merged, random_adapter  # noqa: E402
 from workers.methods import auto  # noqa: E402
 
-PARTS = ("random", "sharing", "unrelated", "related", "directions", "forms", "one")
+PARTS = ("random", "sharing", "pictures", "unrelated", "related", "directions", "forms", "one")
 TASKS, RANK = 120, 8
+PICTURES, PICTURES_RANK = 10, 16
 SHARING, SEEDS, SEED_RANK = 1000, 6, 5
 SHAPES = {f"layer.{layer}.{part}": (384, 384) for layer in range(6) for part in ("query", "value")}
 RESULTS = ROOT / "benchmarks/results/capacity.json"
@@ -66,6 +72,12 @@ def main() -> None:
         found = {"tasks": TASKS, "private": stream(adapters, "private"), "drop": stream(adapters, "drop")}
     elif name == "sharing":
         found = sharing()
+    elif name == "pictures":
+        loras = {f"t{i}": random_lora(i, PICTURES_RANK, with_text=i % 3 == 0) for i in range(PICTURES)}
+        adapters = {
+            task: from_diffusers(tensors, {}, base_model=BASE, base_sha256="") for task, tensors in loras.items()
+        }
+        found = {"tasks": PICTURES, "private": stream(adapters, "private")}
     elif name == "directions":
         found = real_streams.directions(asked.data, asked.keep / "related", say)
     elif name in ("forms", "one"):

@@ -831,6 +831,9 @@ def predict(
         list[str] | None, typer.Option(help="A text, a prompt, or the first message of a chat. May be repeated.")
     ] = None,
     pair: Annotated[list[str] | None, typer.Option(help="The second text, where the task reads two.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture, as PNG or JPEG. May be repeated.")
+    ] = None,
     rows: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows as the task file names them; labels need not be there.")
     ] = None,
@@ -845,10 +848,11 @@ def predict(
     that of the first row that could not be answered.
     """
     client = Client(state_dir)
-    asked = prediction.inputs(client, reference, text or (), pair or (), rows)
+    asked = prediction.inputs(client, reference, text or (), pair or (), image or (), rows)
     version = _version_or_main(client, number, base_model)
     answer = prediction.joined(list(prediction.predict(client, reference, asked, version, base_model)))
-    show(answer, lambda a: prediction.show_answers(a, asked), as_json)
+    named = [str(file) for file in image] if image else asked
+    show(answer, lambda a: prediction.show_answers(a, named), as_json)
     wrong = [error_from_dict(said["error"]) for said in answer["answers"] if "error" in said]
     if wrong:
         raise typer.Exit(wrong[0].exit_code)

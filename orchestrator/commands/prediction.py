@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,24 @@ TEXT_WIDTH = 60
 LOADS = "loading the base model and answering in this process"
 
 
-def inputs(client: Client, reference: str, texts: Sequence[str], pairs: Sequence[str], rows: Path | None) -> list[Any]:
+def inputs(
+    client: Client,
+    reference: str,
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    pictures: Sequence[Path],
+    rows: Path | None,
+) -> list[Any]:
     """The rows to be answered, in the form of `Predict.inputs`.
 
     Raises:
-        InvalidInput: Nothing is asked, or two things at once, or the file cannot be read as the task reads rows.
+        InvalidInput: Nothing is asked, or two things at once, or a file cannot be read as the task reads rows.
     """
-    if bool(texts) is (rows is not None):
-        raise InvalidInput("give either --text or --rows", "onebasis predict", "--text TEXT, or --rows FILE")
+    if [bool(texts), bool(pictures), rows is not None].count(True) != 1:
+        what = "give one of --text, --image and --rows"
+        raise InvalidInput(what, "onebasis predict", "--text TEXT, --image FILE, or --rows FILE")
+    if pictures:
+        return [{"image": base64.b64encode(_read(picture)).decode()} for picture in pictures]
     if pairs and len(pairs) != len(texts):
         raise InvalidInput(
             f"has {counted(len(texts), 'text')} and {counted(len(pairs), 'second text')}", "--pair", "give one for each"
@@ -35,6 +46,13 @@ def inputs(client: Client, reference: str, texts: Sequence[str], pairs: Sequence
 
     spec = TaskSpec.model_validate(client.ask(ShowTask(reference=reference))["spec"])
     return [question_of(row) for row in questions_in(rows, spec)]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot be read: {error.strerror}", str(file), "name a picture's file") from error
 
 
 def predict(

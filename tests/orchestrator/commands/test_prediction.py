@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
 import pytest
 
-from configs.errors import OnebasisError, WorkersBusy
+from configs.errors import InvalidInput, OnebasisError, WorkersBusy
 from orchestrator.api.client import REMOTE, Client, Remote
 from orchestrator.api.requests import Json
-from orchestrator.commands.prediction import LOADS, predict, show_which
+from orchestrator.commands.prediction import LOADS, inputs, predict, show_which
 from tests.orchestrator.site import TOKEN, Site
 
 
@@ -43,6 +46,18 @@ def test_a_service_elsewhere_is_not_answered_for_from_the_folder_here(
         REMOTE.reset(token)
     assert LOADS not in capsys.readouterr().err.replace("\n", " ")
     busy.plant.cluster.release()
+
+
+def test_a_picture_is_asked_about_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cat = tmp_path / "cat.png"
+    cat.write_bytes(b"\x89PNG")
+    (asked,) = inputs(Client(tmp_path), "red/pets", (), (), (cat,), None)
+    assert base64.b64decode(asked["image"]) == b"\x89PNG"
+    with pytest.raises(InvalidInput, match=r"dog.png: cannot be read: No such file"):
+        inputs(Client(tmp_path), "red/pets", (), (), (tmp_path / "dog.png",), None)
+    for texts, pictures, rows in (((), (), None), (("a",), (cat,), None), ((), (cat,), cat)):
+        with pytest.raises(InvalidInput, match="give one of --text, --image and --rows"):
+            inputs(Client(tmp_path), "red/pets", texts, (), pictures, rows)
 
 
 def test_which_shows_what_each_task_said_and_nothing_where_it_wrote_nothing(capsys: pytest.CaptureFixture[str]) -> None:
