@@ -12,7 +12,7 @@ from subspace_store.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
-    from workers.serving.question import Question
+    from workers.serving.question import Piece, Question
 
 FOLLOW_SECONDS = 0.5
 """Interval at which it looks where `main` is: one small read of the storage."""
@@ -53,7 +53,7 @@ class Answering:
         """As `Batcher.answer`."""
         return await self._batcher.answer(questions)
 
-    async def stream(self, question: Question) -> AsyncIterator[str | Said]:
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Said]:
         """As `Batcher.stream`."""
         async for piece in self._batcher.stream(question):
             yield piece

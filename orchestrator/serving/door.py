@@ -11,14 +11,14 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
@@ -34,13 +34,17 @@ from subspace_store.log.version import MAIN
 from subspace_store.storage.opening import open_storage
 from subspace_store.subspace_reader import SubspaceReader
 from workers.serving.held import Held
-from workers.serving.question import AUTO, Answer, Question
+from workers.serving.question import AUTO, Answer, Piece, Question
 
 if TYPE_CHECKING:
     from workers.serving.batcher import Said
 
 log = logging.getLogger("onebasis.serving")
 
+T = TypeVar("T")
+
+REPLICAS_TRIED = 2
+"""Replicas that are asked before a caller is told that nobody could answer."""
 INPUTS_MAX = 1024
 """Most rows of one request."""
 KEY_HEADER = "x-onebasis-key"
@@ -126,12 +130,18 @@ class Door:
 
     async def answer(self, base_model: str, questions: Sequence[Question]) -> Sequence[Said]:
         """By any replica of the base model."""
-        found: Sequence[Said] = await self._replicas[base_model].answer.remote(list(questions))
+        asked = list(questions)
+        found: Sequence[Said] = await _tried(lambda: self._replicas[base_model].answer.remote(asked))
         return found
 
-    def stream(self, base_model: str, question: Question) -> Any:
-        """The pieces of an answer, then all of it, or its error."""
-        return self._replicas[base_model].options(stream=True).stream.remote(question)
+    async def stream(self, base_model: str, question: Question) -> tuple[Any, Any]:
+        """The first piece of an answer, and what follows it: more pieces, then all of it, or its error."""
+
+        async def begun() -> tuple[Any, Any]:
+            pieces = self._replicas[base_model].options(stream=True).stream.remote(question)
+            return await anext(pieces), pieces
+
+        return await _tried(begun)
 
     def _follow(self) -> None:
         wait = threading.Event()
@@ -234,11 +244,11 @@ class Door:
         if asked.stream:
             if len(questions) != 1:
                 raise InvalidInput("a stream answers one prompt", "prompt", "give one, or no stream")
-            pieces = self.stream(base_model, questions[0])
-            first = await anext(pieces)
+            first, pieces = await self.stream(base_model, questions[0])
             if isinstance(first, OnebasisError):
                 raise first
-            return StreamingResponse(_events(first, pieces, reply, asked.wants_usage), media_type="text/event-stream")
+            events = _events(first, pieces, reply, asked.wants_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_naming(first.version))
         answers = await self.answer(base_model, questions)
         for answer in answers:
             if isinstance(answer, OnebasisError):
@@ -259,14 +269,34 @@ def _sees(teams: Teams, title: str) -> bool:
 
 
 def _with_version(content: dict[str, Any], version: int) -> JSONResponse:
-    return JSONResponse(content, headers={"x-onebasis-version": str(version)})
+    return JSONResponse(content, headers=_naming(version))
+
+
+def _naming(version: int) -> dict[str, str]:
+    """The header with the version that answers."""
+    return {"x-onebasis-version": str(version)}
+
+
+async def _tried(ask: Callable[[], Awaitable[T]]) -> T:
+    """What a replica answers, or another one where it dies first: to answer changes nothing. No more than so many, for
+    a request may be what they die of."""
+    for _ in range(REPLICAS_TRIED - 1):
+        try:
+            return await ask()
+        except RayActorError as error:
+            log.warning("a replica died before it had answered (%s): another is asked", type(error).__name__)
+    try:
+        return await ask()
+    except RayActorError as error:
+        what = f"{REPLICAS_TRIED} replicas ended before they had answered it"
+        raise Unavailable(what, todo="ask again; if it happens each time, it is of what is asked") from error
 
 
 async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> AsyncIterator[str]:
     """Server-sent events, as OpenAI's clients read them; an error is the last of them."""
     piece, is_first = first, True
-    while isinstance(piece, str):
-        yield _event(reply.piece(piece, None, is_first))
+    while isinstance(piece, Piece):
+        yield _event(reply.piece(piece.text, piece.version, is_first))
         is_first = False
         try:
             piece = await anext(pieces)

@@ -184,7 +184,7 @@ class Reply:
         kind = "chat.completion" if self._is_chat else "text_completion"
         return self._frame(kind, choices, answers[0].version) | {"usage": usage(answers)}
 
-    def piece(self, text: str, version: int | None, is_first: bool) -> dict[str, Any]:
+    def piece(self, text: str, version: int, is_first: bool) -> dict[str, Any]:
         """A part of a stream."""
         return self._chunk(
             {"role": "assistant", "content": text} if is_first else {"content": text}, text, None, version
@@ -201,11 +201,11 @@ class Reply:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         return self._frame(kind, [], answer.version) | {"usage": usage([answer])}
 
-    def _chunk(self, delta: dict[str, Any], text: str, ended: str | None, version: int | None) -> dict[str, Any]:
+    def _chunk(self, delta: dict[str, Any], text: str, ended: str | None, version: int) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": delta} if self._is_chat else {"text": text}
         choices = [{"index": 0, "finish_reason": ended, "logprobs": None} | said]
         return self._frame("chat.completion.chunk" if self._is_chat else "text_completion", choices, version)
 
-    def _frame(self, kind: str, choices: list[dict[str, Any]], version: int | None) -> dict[str, Any]:
-        named = {} if version is None else {"system_fingerprint": f"version {version}"}
+    def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:
+        named = {"system_fingerprint": f"version {version}"}
         return {"id": self._id, "object": kind, "created": self._at, "model": self._model, "choices": choices} | named

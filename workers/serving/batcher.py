@@ -20,7 +20,7 @@ import torch
 from configs.errors import OnebasisError, Unavailable
 from workers.machine import ran_out_of_memory
 from workers.serving.canary import Chosen
-from workers.serving.question import Answer, Question
+from workers.serving.question import Answer, Piece, Question
 from workers.serving.replica import Replica
 
 log = logging.getLogger("onebasis.serving")
@@ -131,11 +131,11 @@ class Batcher:
         self._comparing.add(task)
         task.add_done_callback(self._comparing.discard)
 
-    async def stream(self, question: Question) -> AsyncIterator[str | Said]:
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Said]:
         """The pieces of an answer, then all of it, or its error."""
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | Said | Exception]()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Said | Exception]()
 
-        def wrote(piece: str) -> None:
+        def wrote(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async def ask() -> None:
@@ -147,7 +147,7 @@ class Batcher:
 
         asking = asyncio.create_task(ask())
         try:
-            while isinstance(piece := await pieces.get(), str):
+            while isinstance(piece := await pieces.get(), Piece):
                 yield piece
             if not isinstance(piece, Answer | OnebasisError):
                 raise piece

@@ -34,7 +34,7 @@ from workers.model_folder import AUTO_CLASSES
 from workers.rows.reading import read_as
 from workers.rows.task_data import CompletionRow, ImageRow, Row, TextRow
 from workers.serving.mixed_layers import Batch, Directions, MixedLayers, TaskFactors
-from workers.serving.question import GREEDY, Answer, Wanted, Writing, always
+from workers.serving.question import GREEDY, Answer, Piece, Wanted, Writing, always
 from workers.serving.running_batch import RunningBatch
 from workers.serving.task_file import TaskFile
 from workers.serving.writing import Pen
@@ -67,7 +67,7 @@ class Asked:
     """Its label, or its last turn, is not looked at."""
     writing: Writing = GREEDY
     """How a language model is to write the answer."""
-    wrote: Callable[[str], None] | None = None
+    wrote: Callable[[Piece], None] | None = None
     """Takes the answer of a language model piece by piece."""
     wanted: Wanted = always
     """Whether anybody still waits for the answer of a language model: asked after every token; where nobody does, it is
@@ -410,9 +410,9 @@ class MixedBatch:
             )
             done(place, answer if error is None else error)
 
-        pen = Pen(
-            self._base.tokenizer, prompt, asked.writing, limit, over, task, asked.wrote, asked.wanted, asked.task_id
-        )
+        tell = asked.wrote
+        wrote = None if tell is None else lambda text: tell(Piece(text, self.version))
+        pen = Pen(self._base.tokenizer, prompt, asked.writing, limit, over, task, wrote, asked.wanted, asked.task_id)
         return pen
 
     # What is in memory

@@ -33,6 +33,15 @@ def always() -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text that is being written."""
+
+    text: str
+    version: int
+    """The version that writes it."""
+
+
 AUTO = "auto"
 """In the place of a task: whichever the text is for."""
 
@@ -59,7 +68,7 @@ class Question:
     is_chat: bool | None = None
     """Whether the task must have learnt from chats, or must not have; None: either."""
     writing: Writing = GREEDY
-    wrote: Callable[[str], None] | None = field(default=None, compare=False)
+    wrote: Callable[[Piece], None] | None = field(default=None, compare=False)
     """As in `Asked`."""
     wanted: Wanted = field(default=always, compare=False)
     """As in `Asked`."""

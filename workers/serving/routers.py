@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from workers.serving.routing import TOKENS_MAX, Router, Sums, features, read_sum
 SHOWN = 3
 """Likeliest tasks that are told."""
 ROUTERS_KEPT = 8
+LOOK_SECONDS = 60.0
+"""How long a router counts that was made while a task had no sums: they may come after the task, from a storage that
+was away. Those of pairs and of pictures never come."""
 WAYS = ("features", "energy")
 
 
@@ -40,7 +45,8 @@ class Routers:
     def __init__(self, base: BaseModel, storage: Storage) -> None:
         self._base, self._storage = base, storage
         self._sums: dict[str, Sums | None] = {}
-        self._made: OrderedDict[Any, OneRouter] = OrderedDict()
+        self._made: OrderedDict[Any, tuple[Router | None, float]] = OrderedDict()
+        """What finds tasks by features, and until when: for ever, if all of them have sums."""
 
     def of(self, batch: MixedBatch, held: Mapping[str, str]) -> OneRouter:
         """The router among some tasks of a version.
@@ -54,16 +60,17 @@ class Routers:
         if not held:
             raise NotFound("there is no task to choose from", AUTO, "publish one, or name another version")
         key = (batch.version, *held.values())
-        if key not in self._made:
+        if key not in self._made or time.monotonic() > self._made[key][1]:
             for task_id in held.values():
                 if self._sums.get(task_id) is None:  # it may have got some meanwhile
                     self._sums[task_id] = read_sums(self._storage, task_id)
             known = {name: sums for name, t in held.items() if (sums := self._sums[t]) is not None}
-            self._made[key] = OneRouter(self._base, batch, held, Router(known) if known else None)
+            until = math.inf if len(known) == len(held) else time.monotonic() + LOOK_SECONDS
+            self._made[key] = Router(known) if known else None, until
         self._made.move_to_end(key)
         while len(self._made) > ROUTERS_KEPT:
             self._made.popitem(last=False)
-        return self._made[key]
+        return OneRouter(self._base, batch, held, self._made[key][0])
 
 
 class OneRouter:

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 from fastapi import Request
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
+from configs.errors import Unavailable
 from configs.settings import StorageSettings
 from orchestrator.serving.door import Door, _events
 from orchestrator.serving.lodge import Lodge, digest_of
 from orchestrator.serving.openai_records import Reply
 from subspace_store import SubspaceStore, open_storage
 from tests.subspace_store.builders import BASE, merged, random_adapter
-from workers.serving.question import Answer
+from workers.serving.question import Answer, Piece, Question
 
 ANSWER = Answer("t1", 7, text="hello", tokens=2, prompt_tokens=3, ended="stop")
 
@@ -41,13 +42,14 @@ def sent(*pieces: Any) -> list[Any]:
 
 
 def test_a_stream_is_its_pieces_the_end_and_the_version() -> None:
-    *pieces, last, done = sent("he", "llo", ANSWER)
+    *pieces, last, done = sent(Piece("he", 7), Piece("llo", 7), ANSWER)
     assert "".join(piece["choices"][0]["delta"]["content"] for piece in pieces) == "hello"
+    assert {piece["system_fingerprint"] for piece in pieces} == {"version 7"}
     assert (last["choices"][0]["finish_reason"], last["system_fingerprint"], done) == ("stop", "version 7", "[DONE]")
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_not_as_if_it_were_whole() -> None:
-    piece, error = sent("he", ActorDiedError())
+    piece, error = sent(Piece("he", 7), ActorDiedError())
     assert piece["choices"][0]["delta"]["content"] == "he"
     assert (error["error"]["message"], error["error"]["code"]) == (
         "nobody could answer: ActorDiedError\n  → ask again",
@@ -56,9 +58,74 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_not_as_if_it_were_wh
 
 
 def test_who_comes_when_too_many_wait_is_told_so() -> None:
-    said = sent("he", BackPressureError(num_queued_requests=5, max_queued_requests=4))[1]["error"]
+    said = sent(Piece("he", 7), BackPressureError(num_queued_requests=5, max_queued_requests=4))[1]["error"]
     assert "too many wait for an answer" in said["message"]
     assert said["code"] == "unavailable"
+
+
+class Replicas:
+    """What a door asks: each call is answered, or ended, by the next of these."""
+
+    def __init__(self, *said: Any) -> None:
+        self.said, self.asked = list(said), 0
+        self.answer = self.stream = self
+
+    def options(self, **_: Any) -> Replicas:
+        return self
+
+    def remote(self, _: Any) -> Any:
+        self.asked += 1
+        found = self.said.pop(0)
+
+        async def one() -> Any:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        async def pieces() -> AsyncIterator[Any]:
+            yield await one()
+
+        return pieces() if self.is_stream else one()
+
+    is_stream = False
+
+
+class Streaming(Replicas):
+    is_stream = True
+
+
+def door_to(folder: Path, replicas: Replicas) -> Door:
+    storage = StorageSettings(url=f"file:{folder}")
+    SubspaceStore.open(open_storage(storage, BASE), base_model=BASE, writer="test")
+    return Door("app", storage, Lodge("http://127.0.0.1:1", "", None, digest_of("secret")), {BASE: replicas})
+
+
+def test_where_a_replica_dies_another_one_answers(tmp_path: Path) -> None:
+    replicas = Replicas(ActorDiedError(), [ANSWER])
+    found = asyncio.run(door_to(tmp_path, replicas).answer(BASE, [Question("t1", "a")]))
+    assert (found, replicas.asked) == ([ANSWER], 2)
+
+
+def test_where_a_replica_dies_before_the_first_piece_another_one_writes(tmp_path: Path) -> None:
+    replicas = Streaming(ActorUnavailableError("away", b"0" * 16), Piece("he", 7))
+    first, _ = asyncio.run(door_to(tmp_path, replicas).stream(BASE, Question("t1", "a")))
+    assert (first, replicas.asked) == (Piece("he", 7), 2)
+
+
+@pytest.mark.parametrize("kind", [Replicas, Streaming])
+def test_a_question_that_replicas_die_of_does_not_end_all_of_them(tmp_path: Path, kind: type[Replicas]) -> None:
+    replicas = kind(*[ActorDiedError() for _ in range(5)])
+    door, question = door_to(tmp_path, replicas), Question("t1", "a")
+    with pytest.raises(Unavailable, match="2 replicas ended before they had answered it"):
+        asyncio.run(door.answer(BASE, [question]) if kind is Replicas else door.stream(BASE, question))
+    assert replicas.asked == 2
+
+
+def test_what_is_wrong_with_a_question_is_asked_once(tmp_path: Path) -> None:
+    replicas = Replicas(BackPressureError(num_queued_requests=5, max_queued_requests=4))
+    with pytest.raises(BackPressureError):
+        asyncio.run(door_to(tmp_path, replicas).answer(BASE, [Question("t1", "a")]))
+    assert replicas.asked == 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.serving.batcher import Batcher, Said
-from workers.serving.question import Answer, Question, Writing
+from workers.serving.question import Answer, Piece, Question, Writing
 from workers.serving.replica import Replica
 
 
@@ -112,12 +112,13 @@ def test_pieces_arrive_while_it_is_written_and_nobody_listening_ends_it(tmp_path
 
     async def run() -> None:
         pieces = [piece async for piece in batcher.stream(Question("seed-0", TEXTS[0]))]
-        assert "".join(piece for piece in pieces if isinstance(piece, str)) == whole.text
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Piece)) == whole.text
+        assert {one.version for one in pieces if not isinstance(one, OnebasisError)} == {whole.version}
         assert pieces[-1] == whole
         assert len(pieces) > 3
         stream = batcher.stream(Question("seed-0", TEXTS[0]))
         first = await anext(stream)
-        assert isinstance(first, str)
+        assert isinstance(first, Piece)
         await stream.aclose()
         (after,) = await batcher.answer([Question("seed-0", TEXTS[0])])
         assert after == whole
@@ -139,7 +140,7 @@ def test_nobody_waits_for_a_neighbours_long_answer(tmp_path: Path) -> None:
     async def run() -> None:
         loop, began = asyncio.get_running_loop(), asyncio.Event()
 
-        def wrote(_: str) -> None:
+        def wrote(_: Piece) -> None:
             loop.call_soon_threadsafe(began.set)
 
         written = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))
@@ -161,8 +162,8 @@ def test_what_nobody_waits_for_any_more_is_written_no_further(tmp_path: Path) ->
     async def run() -> None:
         loop, began = asyncio.get_running_loop(), asyncio.Event()
 
-        def wrote(piece: str) -> None:
-            pieces.append(piece)
+        def wrote(piece: Piece) -> None:
+            pieces.append(piece.text)
             loop.call_soon_threadsafe(began.set)
 
         left = asyncio.create_task(batcher.answer([replace(long, wrote=wrote)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.evaluation import adapted_model
 from workers.rows.task_data import CompletionRow, ImageRow, TextRow
-from workers.serving.question import Answer, Question, Writing
+from workers.serving.question import Answer, Piece, Question, Writing
 from workers.serving.replica import Replica
 from workers.tokens import encode_prompt
 
@@ -169,8 +169,12 @@ def writers(tmp_path: Path) -> Site:
     )
 
 
+def text_of(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
 def test_pieces_make_up_the_answer_and_each_row_has_its_own_ends(writers: Site) -> None:
-    one, pieces = replica(writers), [list[str](), list[str](), list[str]()]
+    one, pieces = replica(writers), [list[Piece](), list[Piece](), list[Piece]()]
     whole = said(one.answer([Question("seed-0", text) for text in TEXTS[:3]]))
     asked = [
         Question("seed-0", TEXTS[0], wrote=pieces[0].append),
@@ -179,9 +183,10 @@ def test_pieces_make_up_the_answer_and_each_row_has_its_own_ends(writers: Site) 
     ]
     found = said(one.answer(asked))
     assert found[0] == whole[0]
-    assert "".join(pieces[0]) == whole[0].text
+    assert text_of(pieces[0]) == whole[0].text
+    assert {piece.version for piece in pieces[0]} == {whole[0].version}
     assert len(pieces[0]) > 3
-    assert (found[1].tokens, found[1].ended, "".join(pieces[1])) == (3, "length", found[1].text)
+    assert (found[1].tokens, found[1].ended, text_of(pieces[1])) == (3, "length", found[1].text)
     assert (whole[1].text or "").startswith(found[1].text or "?")
     assert (found[2].tokens, found[2].ended) == (1, "")
 
@@ -191,11 +196,11 @@ def test_an_answer_ends_before_a_stop_text_and_pieces_never_show_a_part_of_it(wr
     (whole,) = said(one.answer([Question("seed-0", TEXTS[0])]))
     assert whole.text is not None
     stop = whole.text[len(whole.text) // 2 :][:4]
-    pieces: list[str] = []
+    pieces: list[Piece] = []
     asked = Question("seed-0", TEXTS[0], writing=Writing(stop=(stop,)), wrote=pieces.append)
     (found,) = said(one.answer([asked]))
     assert found.ended == "stop"
-    assert "".join(pieces) == found.text == whole.text[: whole.text.index(stop)]
+    assert text_of(pieces) == found.text == whole.text[: whole.text.index(stop)]
 
 
 def first_tokens(made: Site, task: str, prompt: str) -> dict[str, float]:

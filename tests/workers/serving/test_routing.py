@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
 from workers.rows.task_data import CompletionRow, TextRow
 from workers.serving.question import AUTO, Answer, Question
+from workers.serving.routers import LOOK_SECONDS
 from workers.serving.routing import Router, features, features_key, keep_sums, read_sums, sums_of, text_of, write_sums
 
 
@@ -141,6 +143,21 @@ def test_a_question_of_no_task_is_answered_by_the_one_that_it_is_for(made: Site)
     assert [type(said_) for said_ in wrong_ones] == [InvalidInput] * 4
     assert isinstance(right, Answer)
     assert right.task_id == "seed-1"
+
+
+def test_a_task_whose_sums_come_after_it_is_found_by_them_without_a_new_version(
+    tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one, green = replica(made), Question(AUTO, "grass is green")
+    french, of_grass = ["the capital of France"], ["the colour of grass", "green grass"]
+    write_sums(made.store.storage, "seed-0", sums_of(features(made.base, backbone(made), french)))
+    assert said(one.answer([green]))[0].task_id == "seed-0"  # the only one that is known
+    write_sums(made.store.storage, "seed-1", sums_of(features(made.base, backbone(made), of_grass)))
+    assert said(one.answer([green]))[0].task_id == "seed-0"  # the storage is not asked for each text
+    now = time.monotonic()
+    monkeypatch.setattr("workers.serving.routers.time.monotonic", lambda: now + LOOK_SECONDS + 1)
+    assert said(one.answer([green]))[0].task_id == "seed-1"
 
 
 def test_a_chat_of_no_task_keeps_all_its_messages(tmp_path: Path) -> None:
