@@ -141,9 +141,9 @@ def test_short_blocks_without_a_word_are_one_silence(monkeypatch: pytest.MonkeyP
     terminal.note("begins")
     for _ in range(3):
         with terminal.telling("waiting", said.append):
-            time.sleep(0.25)
+            time.sleep(0.35)  # each alone is shorter than what is told
     assert said
-    assert terminal.silent_seconds() == pytest.approx(0.75, abs=0.2)
+    assert terminal.silent_seconds() >= 3 * 0.35
 
 
 def test_a_version_is_tagged_by_any_of_its_names_and_the_tag_is_one_from_then_on(
