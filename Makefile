@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := configs subspace_store workers orchestrator
 
-.PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions bench-streams smollm2 setup clean lock
+.PHONY: demo test test-s3 test-kills test-web web check-deploy check-vllm chart check fix bench bench-store bench-training bench-refinement bench-commands bench-capacity bench-queue bench-serving bench-service bench-revisions bench-streams smollm2 picture-models setup clean lock
 
 # Processes that run tests of services at a time: each of them starts processes of its own.
 PROCESSES := 2
@@ -128,6 +128,11 @@ bench-streams: $(READY)
 # A real language model for benchmarks, once, in a folder outside the repository: see the file.
 smollm2: $(READY)
 	@$(BIN)/python benchmarks/smollm2.py
+
+# Twelve minutes on one free core, once: a small CLIP and a small ViT for benchmarks, pretrained here, in a folder outside
+# the repository. Needs sets of pictures: make picture-models BENCH="--data FOLDER".
+picture-models: $(READY)
+	@$(BIN)/python benchmarks/picture_models.py $(BENCH)
 
 setup: $(READY)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from benchmarks.real_streams import Case, keep
 from configs.task_spec import TaskSpec
 from subspace_store import Adapter, adapter_from_bytes, adapter_to_bytes
 from subspace_store.digests import digest
+from workers.rows.task_data import ImageRow, Row, input_digest
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,13 @@ def digest_of(*parts: str) -> str:
 
 def identity(case: Case) -> str:
     """A task's settings and rows, whatever folder they come from."""
-    return digest_of(_settings(case.spec), repr(tuple(case.train)), repr(tuple(case.test)))
+    return digest_of(_settings(case.spec), _told(case.train), _told(case.test))
+
+
+def _told(rows: Sequence[Row]) -> str:
+    """Rows as a text. Of a picture it is a digest: numpy writes large arrays with dots in their middle."""
+    told = (f"{row.label} {input_digest(row).hex()}" if isinstance(row, ImageRow) else row for row in rows)
+    return repr(tuple(told))
 
 
 def _settings(spec: TaskSpec) -> str:

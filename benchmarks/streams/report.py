@@ -79,11 +79,13 @@ def filled(page: str, streams: Mapping[str, Figures]) -> str:
     def table(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
         made = (
-            {"table": _main_table, "scores": _score_table}[kind](streams[name]) if name in streams else "Not measured."
+            {"table": _main_table, "scores": _score_table, "mtil": _transfer_table}[kind](streams[name])
+            if name in streams
+            else "Not measured."
         )
         return f"<!-- {kind} {name} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<kind>table|scores) (?P<name>\S+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (?P<kind>table|scores|mtil) (?P<name>\S+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def _main_table(stream: Figures) -> str:
@@ -130,6 +132,36 @@ def _score_table(stream: Figures) -> str:
         + " |"
         for name in _order(rows)
     ]
+    return "\n".join(lines)
+
+
+def _transfer_table(stream: Figures) -> str:
+    """MTIL's figures (`orchestrator/judging/transfer.py`), and each task's score right before its birth."""
+    tasks, rows = stream["tasks"], stream["rows"]
+    measured = {name: rows[name] for name in _order(rows) if all(found["untrained"] for found in rows[name].values())}
+    if not measured:
+        return "Not measured."
+    later = tasks[1:]
+    lines = [
+        f"| row | transfer | average | last | FWT | {' | '.join(f'{task} before' for task in later)} |",
+        "|---|---|---|---|---|" + "---|" * len(later),
+    ]
+    bare = [found["untrained"] for found in next(iter(measured.values())).values()]  # the same in every row
+    of_bare = [100 * statistics.fmean(found[task] for found in bare) for task in tasks]
+    mean = statistics.fmean(of_bare[1:])
+    whole = f"{statistics.fmean(of_bare):.1f}"
+    lines.append(f"| base model | {mean:.1f} | {whole} | {whole} | – | {' | '.join(f'{s:.1f}' for s in of_bare[1:])} |")
+    for name, seeds in measured.items():
+        mtil = [
+            _spread({seed: found["mtil"] for seed, found in seeds.items()}, key, 100)
+            for key in ("transfer", "average", "last")
+        ]
+        ahead = _spread(seeds, "forward_transfer_points")
+        before = [
+            f"{100 * statistics.fmean(found['by_version'][str(place)][task] for found in seeds.values()):.1f}"
+            for place, task in enumerate(later, start=1)
+        ]
+        lines.append(f"| {TITLES[name]} | {' | '.join(mtil)} | {ahead} | {' | '.join(before)} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """The honest table: `make bench-streams BENCH="--data FOLDER"` writes benchmarks/results/streams/ and docs/quality.md.
 
     --orders ten,glue      streams of benchmarks/streams/orders.py, one after another; or hundred: adapters only;
-                           superni is of the language model that `make smollm2` makes
+                           superni is of the language model that `make smollm2` makes, images and image-text are of
+                           those that `make picture-models` makes
     --seeds 0,1,2          seeds of all trainings, of which all rows are done before the next one begins
     --rows separate,auto   rows of benchmarks/streams/ways.py; default: all
     --general-text FILE    text by which it is measured what a language model loses by its tasks
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import smollm2  # noqa: E402
+from benchmarks import picture_models, smollm2  # noqa: E402
 from benchmarks.real_streams import base_model, keep  # noqa: E402
 from benchmarks.streams import report  # noqa: E402
 from benchmarks.streams.hundred import hundred  # noqa: E402
@@ -52,7 +54,11 @@ from orchestrator.general_text import beginning_of  # noqa: E402
 from workers.base_model import BaseModel  # noqa: E402
 
 REFERENCE = "separate"
-BASES: Mapping[str, Callable[[], BaseModel]] = {"minilm": base_model, "smollm2": smollm2.base_model}
+BASES: Mapping[str, Callable[[], BaseModel]] = {
+    "minilm": base_model,
+    "smollm2": smollm2.base_model,
+    **{name: partial(picture_models.base_model, name) for name in picture_models.MAKERS},
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,10 +76,13 @@ def measure(asked: argparse.Namespace, order: str, seed: int) -> None:
     of = base_of(order)
     asked_for = {"steps": asked.steps, "test_rows": asked.test_rows}
     length = replace(LENGTHS[of], **{name: count for name, count in asked_for.items() if count is not None})
-    grid = stream(asked.data, "grid", GRIDS[of], 0, length)
+    grid = stream(asked.data, "grid", of, GRIDS[of], 0, length)
     text = "" if asked.general_text is None else beginning_of(asked.general_text)
     file = asked.results / f"{order}.json"
-    shop = Workshop(BASES[of](), Kept(asked.keep / of, say), grid, say, text, rates_of(file, length))
+    base = BASES[of]()
+    # Those that are pretrained here may be pretrained anew: what was trained on others is not theirs.
+    folder = asked.keep / (f"{of}-{base.sha256[:12]}" if of in picture_models.MAKERS else of)
+    shop = Workshop(base, Kept(folder, say), grid, say, text, rates_of(file, length))
     on = hundred(asked.data, asked.adapters) if order == "hundred" else of_order(asked.data, order, seed, length)
     reference = figures(shop, on, WAYS[REFERENCE](shop, on), {}, whole=False)["scores"]
     for name in asked.rows:
@@ -113,6 +122,7 @@ def write(file: Path, seed: int, name: str, found: dict[str, Any], shop: Worksho
         "metrics": {case.spec.name: case.spec.metric for case in on.cases},
         "test_rows": {case.spec.name: len(case.test) for case in on.cases},
         "length": vars(length),
+        "base_model": {"name": base_of(on.name), "sha256": shop.base.sha256},
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, no GPU, one thread",
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -142,7 +152,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args(argv)
     if not asked.report and asked.data is None:
-        parser.error("the streams are made of text sets: give their folder with --data")
+        parser.error("the streams are made of real sets: give their folder with --data")
     return asked
 
 

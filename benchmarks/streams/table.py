@@ -15,6 +15,7 @@ from benchmarks.streams.orders import Stream
 from benchmarks.streams.ways import Learned
 from benchmarks.streams.workshop import Workshop
 from configs.settings import GateSettings
+from configs.task_spec import HEADLESS_KINDS
 from orchestrator.judging.forgetting import forgetting_report
 from orchestrator.judging.score_table import Cell, ScoreTable
 from orchestrator.judging.transfer import transfer_report
@@ -50,7 +51,7 @@ def figures(
     adapters = learned.served[last]
     spared = unmoved(learned, table)
     untrained = {}
-    if whole and speaks(stream):
+    if whole and answers_untaught(stream):
         untrained = {task: shop.untrained_score(adapters[task], case) for task, case in cases.items()}
     ahead = transfer_report(table, last, untrained)
     lost = {}
@@ -77,6 +78,10 @@ def figures(
             "average": known(ahead.average.value),
             "last": ahead.last.value,
         },
+        "untrained": untrained,
+        "by_version": {str(v): {t: cell.score for t, cell in row.items()} for v, row in table.cells.items()}
+        if untrained
+        else {},
         "general_loss": lost,
         "mean_general_loss": statistics.fmean(lost.values()) if lost else None,
         "evaluations_spared": len(spared),
@@ -127,13 +132,18 @@ def unmoved(learned: Learned, table: ScoreTable) -> tuple[str, ...]:
 
 
 def speaks(stream: Stream) -> bool:
-    """Whether the model can answer a task that it has not learnt: a language model."""
+    """Whether it is a language model's, which may lose of its general text."""
     return all(case.spec.kind == "causal_lm" for case in stream.cases)
 
 
+def answers_untaught(stream: Stream) -> bool:
+    """Whether the model can answer a task that it has not learnt: it writes, or is asked by a text for each label."""
+    return all(case.spec.kind in HEADLESS_KINDS for case in stream.cases)
+
+
 def score_table(shop: Workshop, stream: Stream, learned: Learned, *, whole: bool) -> ScoreTable:
-    """A[version][task], of each task's first version and the last one, or of all; of a language model then also of the
-    tasks that are still to come, by the one update if there is one, else by the base model alone."""
+    """A[version][task], of each task's first version and the last one, or of all; where the model can answer untaught
+    then also of the tasks that are still to come, by the one update if there is one, else by the base model alone."""
     versions = tuple(sorted(learned.served))
     tasks = tuple(case.spec.name for case in stream.cases)
     cases = {case.spec.name: case for case in stream.cases}
@@ -144,7 +154,7 @@ def score_table(shop: Workshop, stream: Stream, learned: Learned, *, whole: bool
             if whole or version in (birth[task], versions[-1]):
                 case = cases[task]
                 cells[version][task] = Cell(shop.score(adapter, case), len(case.test), version)
-        for task in tasks if whole and speaks(stream) else ():
+        for task in tasks if whole and answers_untaught(stream) else ():
             if version < birth[task]:
                 to_come = learned.served[birth[task]][task]
                 one = next(iter(learned.served[version].values())).modules

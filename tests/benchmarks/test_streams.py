@@ -7,23 +7,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from benchmarks import picture_models, picture_sets
+from benchmarks.picture_sets import Group
+from benchmarks.real_streams import Case
 from benchmarks.streams import orders, report, run, serial, workshop
 from benchmarks.streams.hundred import hundred
+from benchmarks.streams.kept import identity
 from benchmarks.streams.serial import averaged, hold
 from benchmarks.streams.table import normalised
 from subspace_store import Adapter, ModuleUpdate, adapter_from_bytes, adapter_to_bytes, canonical_update
+from tests.benchmarks.picture_builders import save_picture_sets
 from tests.subspace_store.builders import random_adapter
-from tests.workers.tiny_bases import save_llama
-from tests.workers.worker_builders import MINILM, tiny_settings
+from tests.workers.tiny_bases import save_clip, save_llama
+from tests.workers.worker_builders import MINILM, task_of_kind, tiny_settings
 from workers.base_model import BaseModel, load_base_model
+from workers.rows.task_data import ImageRow
 from workers.weights import resolve_source
 
 MODULES, WIDTH = 4, 32
 ROWS = ("separate", "mean", "paper-16", "auto", "share-2", "o-lora", "ewc", "joint")
+PICTURE_ROWS = ("separate", "ours-lora", "sequential")
 LANGUAGE_ROWS = ("separate", "mean", "compressed-16")
 PAGE = """# Quality
 
@@ -189,6 +197,54 @@ def test_a_language_model_is_also_asked_what_it_has_not_learnt(tmp_path: Path, m
     assert compressed["bytes_own"] == 4 * 2 * 8 * 16 * 16
     # One adapter for all is asked itself: after the first task it is that task's.
     assert mean["forward_transfer_points"] == pytest.approx(100 * (mean["mtil"]["transfer"] - before))
+
+
+def test_a_clip_is_asked_by_texts_what_it_has_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_picture_sets(tmp_path, digits=60)
+    for name, classes in (("digits-second", range(2)), ("digits-first", range(4, 6))):
+        # The words at the end: the end of this tokenizer has the number 2, so that CLIP reads at the largest token.
+        monkeypatch.setitem(picture_sets.GROUPS, name, Group("mnist", classes, "{} is green."))  # type: ignore[index]
+    base = load_base_model(tiny_settings(save_clip(tmp_path / "model")))
+    names = ("digits-second", "digits-first")
+    monkeypatch.setitem(run.BASES, picture_models.CLIP, lambda: base)  # type: ignore[index]
+    monkeypatch.setitem(orders.ORDERS, "image-text", names)  # type: ignore[index]
+    monkeypatch.setitem(orders.GRIDS, picture_models.CLIP, names[:1])  # type: ignore[index]
+    monkeypatch.setattr(workshop, "GRID", (0.008,))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/quality.md").write_text("<!-- mtil image-text -->\nold\n<!-- end -->\n")
+    argv = ["--data", str(tmp_path), "--orders", "image-text", "--rows", ",".join(PICTURE_ROWS), "--steps", "30"]
+    argv += ["--all-versions", "--test-rows", "40"]
+    run.main([*argv, *(f"--{name}={tmp_path / name}" for name in ("keep", "results", "docs"))])
+    found = json.loads((tmp_path / "results/image-text.json").read_text())
+    assert found["base_model"] == {"name": "small-clip", "sha256": base.sha256}
+    # Trained on other weights, an adapter would be another one.
+    assert [folder.name for folder in (tmp_path / "keep").iterdir()] == [f"small-clip-{base.sha256[:12]}"]
+    separate, merged, one = (found["rows"][name]["0"] for name in PICTURE_ROWS)
+    first, second = names
+    assert min(separate["scores"].values()) > 0.8
+    # There is no head: what a label means, the text tower says.
+    assert separate["bytes_heads"] == 0
+    # Until it is learnt, a task with an adapter of its own is answered by the base model.
+    for row in (separate, merged):
+        assert row["by_version"]["1"][second] == row["untrained"][second] == row["mtil"]["transfer"]
+        assert row["forward_transfer_points"] == 0.0
+    # One LoRA for all answers both, before and after: (A[1][1] + A[2][1] + A[1][2] + A[2][2]) / 4.
+    cells = one["by_version"]
+    assert one["mtil"]["transfer"] == cells["1"][second] != one["untrained"][second]
+    assert one["mtil"]["average"] == pytest.approx(sum(cells[v][task] for v in "12" for task in names) / 4)
+    assert one["mtil"]["last"] == pytest.approx((cells["2"][first] + cells["2"][second]) / 2)
+    told = (tmp_path / "docs/quality.md").read_text()
+    assert f"| base model | {100 * one['untrained'][second]:.1f} |" in told
+    assert f"| one LoRA, task after task | {100 * one['mtil']['transfer']:.1f} |" in told
+
+
+def test_two_pictures_that_differ_in_the_middle_are_two_cases() -> None:
+    def one(bright: int) -> Case:
+        pixels = np.zeros((40, 40, 3), np.uint8)
+        pixels[20, 20] = bright
+        return Case(task_of_kind("image_text"), (ImageRow(pixels, 0),), ())
+
+    assert identity(one(1)) == identity(one(1)) != identity(one(2))
 
 
 def test_a_summary_is_the_mean_over_seeds_and_of_the_worst_task() -> None:
