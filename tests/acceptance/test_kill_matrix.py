@@ -154,15 +154,20 @@ class Matrix(Site):
         return {state: self.wait_for_state(title, "published", "parked") for state, title in titles.items()}
 
     def kill(self, part: str, told: Sequence[str]) -> None:
-        """Kill a part, see that people are told of it, and bring it back."""
+        """Kill a part, see that people are told of it, and bring it back, also where they are not: another row is to
+        find it there."""
         if (server := self.servers.get(part)) is not None:
             server.kill()
         else:
             os.kill(self.pid(part), KILL)
-        if told:
-            said = self.alarm(*told)
-            assert "ALARM" in said or "error:" in said or "onebasis is down" in said
-            self.say("tasks", expect=None)
+        try:
+            if told:
+                said = self.alarm(*told)
+                assert "ALARM" in said or "error:" in said or "onebasis is down" in said
+                self.say("tasks", expect=None)
+        except AssertionError:
+            self.run("up") if server is None else server.start()
+            raise
         if server is not None:
             server.start()
         else:

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from configs.places import OutsideError, open_below
 from orchestrator.tasks import admission
-from subspace_store.formats import peft
+from subspace_store.formats import adapters
 from tests.builders import LABELS, rows, write_rows
 from tests.orchestrator.tasks.test_admission import Desk
 
@@ -83,7 +85,7 @@ def refused_without_reading(
     desk: Desk, document: dict[str, Any], read: list[Path], swapped: Callable[[], Path], step: str, monkeypatch: Any
 ) -> None:
     """Swap right before `step` begins to read; the submission is refused, and nothing outside was opened."""
-    module = admission if step == "freeze" else peft
+    module = admission if step == "freeze" else adapters
     real, outside = getattr(module, step), []
 
     def after_the_swap(*arguments: Any) -> Any:
@@ -139,7 +141,20 @@ def test_an_adapter_is_not_read_through_a_link_that_came_later(
 ) -> None:
     folder = desk.peft()
     refused_without_reading(
-        desk, desk.imported(), read, lambda: swap(folder / part, tmp_path / "secret"), "read_peft_folder", monkeypatch
+        desk, desk.imported(), read, lambda: swap(folder / part, tmp_path / "secret"), "read_adapter", monkeypatch
+    )
+
+
+@pytest.mark.parametrize("part", ["", "pytorch_lora_weights.safetensors"])
+def test_a_lora_of_diffusers_is_not_read_through_a_link_that_came_later(
+    desk: Desk, tmp_path: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    folder = desk.data / "style"
+    folder.mkdir()
+    save_file({"unet.to_q.lora_A.weight": torch.ones(1, 2)}, folder / "pytorch_lora_weights.safetensors")
+    document = desk.imported(method={"name": "import", "adapter": str(folder)})
+    refused_without_reading(
+        desk, document, read, lambda: swap(folder / part, tmp_path / "secret"), "read_adapter", monkeypatch
     )
 
 

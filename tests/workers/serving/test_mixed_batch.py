@@ -317,7 +317,7 @@ def test_several_numbers_are_answered_by_their_names(tmp_path: Path) -> None:
 
 
 def test_a_row_that_cannot_be_answered_costs_no_other_row(tiny: Callable[[str], BaseModel]) -> None:
-    """A task whose coefficients are no numbers, one that is not there, and one whose layers cannot be computed."""
+    """A task whose head is no numbers, one that is not there, and one whose layers cannot be computed."""
     made = site(tiny("bert"), "sequence_classification", ["query"])
     row = TextRow(TEXTS[0], None, 0)
     tasks = ("seed-0", "seed-1", "seed-2", "nobody", "seed-3", "partly", "seed-0")
@@ -325,8 +325,10 @@ def test_a_row_that_cannot_be_answered_costs_no_other_row(tiny: Callable[[str], 
     batch = mixed(made)
     for task in made.specs:
         batch.spec(task)
-    for factors in batch._tasks["seed-1"].factors.values():
-        factors.e_RK.fill_(torch.nan)
+    # Not its coefficients: torch's attention on some CPUs makes numbers of what is none. The store has no such ones.
+    loaded = batch._tasks["seed-1"]
+    no_numbers = {name: torch.full_like(tensor, torch.nan) for name, tensor in loaded.head.items()}
+    batch._tasks["seed-1"] = replace(loaded, head=no_numbers)
     name, factors = next(iter(batch._tasks["seed-3"].factors.items()))
     wrong = replace(factors, b_RN=torch.ones(2, 3), a_RD=torch.ones(2, 5))
     batch._tasks["seed-3"] = replace(batch._tasks["seed-3"], factors={name: wrong})
