@@ -53,7 +53,6 @@ from workers.methods.start import with_head_of  # noqa: E402
 from workers.rows.task_data import Row  # noqa: E402
 from workers.trainer import Surroundings, fit  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/serving.json"
 TEXT_SETS = ("trec6", "sst2", "ag-news")
 EXAMPLES = ("charges", "top-ups", "card-orders")
 PORTIONS, TRAIN_ROWS, GATE_ROWS, TEST_ROWS = 5, 200, 100, 100
@@ -78,10 +77,21 @@ class Stream:
 
 def main() -> None:
     """Measure, print, write."""
+    from benchmarks import serving  # which measures this, too
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of text sets; default: three tasks of examples/")
+    serving.keep({"revisions": measure(parser.parse_args().data)})
+    print(f"written to {serving.RESULTS.relative_to(ROOT)}")
+
+
+def measure(data: Path | None) -> Figures:
+    """All ways.
+
+    Args:
+        data: Folder of text sets; None: three tasks of examples/.
+    """
     torch.set_num_threads(1)
-    data = parser.parse_args().data
     base, streams = base_model(), list(_streams(data))
     bench = _Bench(base)
     ways: dict[str, list[Figures]] = {way: [] for way in ("union", "revisions", "without the gate", "newest alone")}
@@ -94,7 +104,7 @@ def main() -> None:
         for row in rows:
             print(f"{way:18} {json.dumps(row)}", flush=True)
     mean = {way: _mean(rows) for way, rows in ways.items()}
-    result = {
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, no GPU",
         "data": "examples/" if data is None else "text sets given by --data",
@@ -108,10 +118,6 @@ def main() -> None:
         "loss_to_union_points": 100 * (mean["union"]["all"] - mean["revisions"]["all"]),
         "earlier_portions_loss_points": 100 * mean["revisions"]["lost_since_new"],
     }
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    RESULT.write_text(json.dumps(known | {"revisions": result}, indent=1) + "\n")
-    print(json.dumps(mean, indent=1))
-    print(f"written to {RESULT.relative_to(ROOT)}")
 
 
 def _streams(data: Path | None) -> Sequence[Stream]:

@@ -1,7 +1,11 @@
 """What answering costs: rows of many tasks in one batch against one adapter. Writes benchmarks/results/serving.json.
 
-    make bench-serving                 three minutes: what a batch costs
+    make bench-serving                 what a batch costs (three minutes), `http`, and `revisions` where no figures of
+                                       them are known
+    make bench-serving BENCH=batch     three minutes: what a batch costs
     make bench-serving BENCH=http      two minutes: a real service that answers over HTTP (serving_service.py)
+    make bench-serving BENCH=revisions a quarter of an hour: tasks that learn again and again, of examples/; on text
+                                       sets: make bench-revisions (revisions.py)
     make bench-serving BENCH=replicas  fifteen minutes: replicas come and go, on two Ray nodes (serving_replicas.py)
     make bench-serving BENCH=scoring   two minutes: many small tasks scored together, and one after another
     make bench-serving BENCH="routing FOLDER"   ten minutes: which task a text is for (routing.py)
@@ -12,7 +16,8 @@ examples/, 64 a batch. Compared are, in turns, one row set after another: one Lo
 rows (the reference, 1.0); our mixed batch with 1, 10, 100 and 1,000 tasks in turn; PEFT's own mixed batch
 (`adapter_names`), with as many LoRAs as fit into a batch; and one task after another. A ratio is of medians of one run.
 
-Each part ends with the figures of all parts, those of the others as they were last measured.
+Each part is written when it is measured, and changes nothing of the others: `dates` says when each was. Every run ends
+with the figures of all parts.
 """
 
 from __future__ import annotations
@@ -68,32 +73,69 @@ SCORED, SCORED_ROWS, REPEATS = 40, (20, 64), 3
 
 def main() -> None:
     """Measure, print and write; a part that was not run keeps its figures."""
-    if sys.argv[1:] == ["http"]:
-        from benchmarks import serving_service
-
-        return told(serving_service.measure())
-    if sys.argv[1:] == ["replicas"]:
-        from benchmarks import serving_replicas
-
-        return told(serving_replicas.measure())
-    if sys.argv[1:2] == ["routing"] and len(sys.argv) == 3:
+    asked = sys.argv[1:]
+    if asked[:1] == ["routing"] and len(asked) == 2:
         from benchmarks import routing
 
-        return told({"routing": routing.measure(Path(sys.argv[2]))})
-    if sys.argv[1:] not in ([], ["scoring"]):
+        keep({"routing": routing.measure(Path(asked[1]))})
+    elif asked in ([], *([name] for name in PARTS)):
+        for name in asked or ALONE:
+            if asked or name != "revisions" or name not in known():
+                keep(PARTS[name]())
+    else:
         raise SystemExit(__doc__)
+    print("\n".join(figures(known())))
+
+
+def batch() -> dict[str, Any]:
+    """What a batch of many tasks costs."""
     torch.set_num_threads(1)
     base = base_model()
-    if sys.argv[1:]:
-        return told({"scoring": scoring(base)})
     spec = read_task_spec(next(iter(sorted((ROOT / "examples/tasks").glob("*.yaml")))))
     rows = read(spec, spec.data.eval_file, ROWS * BATCHES)
     names = tuple(f"label-{n}" for n in range(LABELS))
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"label_names": names})})
     store = many_tasks(base)
     version = store.state.refs["candidate"]
-    found = measured(base, spec, store, version, [replace(row, label=0) for row in rows])
-    return told(found)
+    return measured(base, spec, store, version, [replace(row, label=0) for row in rows])
+
+
+def over_http() -> dict[str, Any]:
+    """Part `http`."""
+    from benchmarks import serving_service
+
+    return serving_service.measure()
+
+
+def replicas() -> dict[str, Any]:
+    """Part `replicas`."""
+    from benchmarks import serving_replicas
+
+    return serving_replicas.measure()
+
+
+def scored() -> dict[str, Any]:
+    """Part `scoring`."""
+    torch.set_num_threads(1)
+    return {"scoring": scoring(base_model())}
+
+
+def revised() -> dict[str, Any]:
+    """Part `revisions`, of the tasks of examples/."""
+    from benchmarks import revisions
+
+    return {"revisions": revisions.measure(None)}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "batch": batch,
+    "http": over_http,
+    "revisions": revised,
+    "replicas": replicas,
+    "scoring": scored,
+}
+ALONE = ("batch", "http", "revisions")
+"""Parts that are run where none is named."""
 
 
 def scoring(base: BaseModel) -> dict[str, Any]:
@@ -141,44 +183,49 @@ def _unheard(_: Progress) -> None:
     """A heartbeat that nobody asks for."""
 
 
-def told(found: dict[str, Any]) -> None:
-    """Write a part's figures beside those of the other parts, and print all."""
-    print(json.dumps(found, indent=1))
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known |= {"date": time.strftime("%Y-%m-%d")} | found
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    print("\n".join(figures(known)))
+def known() -> dict[str, Any]:
+    """What was measured so far."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
 
 
-def figures(known: Mapping[str, Any]) -> list[str]:
+def keep(found: Mapping[str, Any]) -> None:
+    """Print a part's figures, and write them beside those of the other parts, with the day of each."""
+    print(json.dumps(found, indent=1), flush=True)
+    before, today = known(), time.strftime("%Y-%m-%d")
+    dates = {"dates": {**before.get("dates", {}), **dict.fromkeys(found, today)}}
+    RESULTS.write_text(json.dumps({**before, "date": today, **found, **dates}, indent=1) + "\n")
+
+
+def figures(found: Mapping[str, Any]) -> list[str]:
     """A line for each figure that was ever measured; `revisions` are those of `make bench-revisions`."""
     lines = []
-    if ratios := known.get("throughput_over_one_lora"):
+    if ratios := found.get("throughput_over_one_lora"):
         lines += [f"{ratio:9.2f}  rows a second over those of one LoRA: {way}" for way, ratio in ratios.items()]
         lines.append(
-            f"{known['largest_difference']:9.1e}  largest difference of a probability to the exported adapters"
+            f"{found['largest_difference']:9.1e}  largest difference of a probability to the exported adapters"
         )
-        alone = f"a LoRA of rank 8: {known['bytes_per_lora_r8']:,}"
-        lines.append(f"{known['bytes_per_task']:9,.0f}  bytes of a task in its file, its head among them ({alone})")
-    for clients, took in known.get("http", {}).items():
+        alone = f"a LoRA of rank 8: {found['bytes_per_lora_r8']:,}"
+        lines.append(f"{found['bytes_per_task']:9,.0f}  bytes of a task in its file, its head among them ({alone})")
+    for clients, took in found.get("http", {}).items():
         lines.append(
             f"{took['p50_ms']:9.0f}  ms, median answer over HTTP, {clients}; 99th of 100: {took['p99_ms']:.0f}"
         )
-    if (seconds := known.get("publish_to_served_seconds")) is not None:
-        most = known["publish_to_served_seconds_most"]
+    if (seconds := found.get("publish_to_served_seconds")) is not None:
+        most = found["publish_to_served_seconds_most"]
         lines.append(f"{seconds:9.2f}  s, median from where main moved until a reply names it; most: {most:.2f}")
-    if replicas := known.get("replicas"):
+    if replicas := found.get("replicas"):
         lines.append(f"{replicas['second_replica_seconds']:9.0f}  s of load until a second replica answers")
         lines.append(f"{replicas['node_lost']['longest_gap_seconds']:9.1f}  s without a reply when a node is lost")
-    if scoring := known.get("scoring"):
+    if scoring := found.get("scoring"):
         faster = ", ".join(f"{scoring[f'{count}_rows']['times_faster']:.1f}" for count in SCORED_ROWS)
         lines.append(f"{faster:>9}  times faster scored together than alone, tasks of {SCORED_ROWS} rows")
-    if routing := known.get("routing"):
+    if routing := found.get("routing"):
         disjoint = routing["disjoint"]
         lines += [
             f"{disjoint[way]['accuracy']:9.2f}  of texts found their task by {way}" for way in ("features", "energy")
         ]
-    if revisions := known.get("revisions"):
+    if revisions := found.get("revisions"):
         lines.append(
             f"{revisions['loss_to_union_points']:9.2f}  points that revisions lose to one training on the union"
         )

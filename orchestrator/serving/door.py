@@ -18,7 +18,7 @@ from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from configs.errors import InvalidInput, NotFound, OnebasisError, TooLarge, Unavailable
@@ -47,6 +47,9 @@ REPLICAS_TRIED = 2
 """Replicas that are asked before a caller is told that nobody could answer."""
 INPUTS_MAX = 1024
 """Most rows of one request."""
+DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+"""What Ray says of a replica that is gone: it died or is out of reach, was ended as memory ran out, or its machine is
+gone, or its answer with that."""
 KEY_HEADER = "x-onebasis-key"
 """Header with the key of a request: requests with the same one are answered by the same version."""
 ONE_MODEL = "/v1/models/"
@@ -283,11 +286,11 @@ async def _tried(ask: Callable[[], Awaitable[T]]) -> T:
     for _ in range(REPLICAS_TRIED - 1):
         try:
             return await ask()
-        except RayActorError as error:
+        except DIED as error:
             log.warning("a replica died before it had answered (%s): another is asked", type(error).__name__)
     try:
         return await ask()
-    except RayActorError as error:
+    except DIED as error:
         what = f"{REPLICAS_TRIED} replicas ended before they had answered it"
         raise Unavailable(what, todo="ask again; if it happens each time, it is of what is asked") from error
 

@@ -25,8 +25,11 @@ def missing(storage: Storage, refs: Iterable[BlobRef]) -> Iterator[Corrupt]:
     return (error for error in found if error is not None)
 
 
-def check_files(storage: Storage, state: SubspaceState, version: int) -> None:
+def check_files(storage: Storage, state: SubspaceState, version: int, known: int = 0) -> None:
     """Look whether all that a version needs is there.
+
+    Args:
+        known: A version whose objects are not looked at; 0: none.
 
     Raises:
         Corrupt: It is not; names the first objects that are gone.
@@ -35,7 +38,9 @@ def check_files(storage: Storage, state: SubspaceState, version: int) -> None:
     Cost:
         One byte of each object, several at a time.
     """
-    gone = list(missing(storage, retention.needed_by(state, version).values()))
+    elsewhere = retention.needed_by(state, known)
+    refs = [ref for key, ref in retention.needed_by(state, version).items() if key not in elsewhere]
+    gone = list(missing(storage, refs))
     if gone:
         named = "; ".join(error.sentence for error in gone[:NAMED_MAX])
         more = f"; and {len(gone) - NAMED_MAX} more" if len(gone) > NAMED_MAX else ""

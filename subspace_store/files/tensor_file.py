@@ -124,6 +124,7 @@ class TensorFile:
     def __init__(self, storage: Storage, ref: BlobRef, kind: str) -> None:
         self.storage, self.ref, self.kind = storage, ref, kind
         self._whole: memoryview | None = None
+        """All of it, where it is small; not kept where it is damaged, for it may be restored while this is open."""
         if ref.size_bytes <= SMALL_BYTES:
             self._whole = self._view(0, ref.size_bytes)
 
@@ -194,6 +195,7 @@ class TensorFile:
         content = self._view(0, self.ref.head_bytes)
         found = hashlib.sha256(content).hexdigest()
         if found != self.ref.sha256:
+            self._whole = None
             raise Corrupt(
                 f"its head has sha256 {found[:12]}…, the log says {self.ref.sha256[:12]}…",
                 self.where,
@@ -219,6 +221,7 @@ class TensorFile:
         start, stop = min(first for first, _ in spans), max(last for _, last in spans)
         content = self._view(self.ref.head_bytes + start, stop - start)
         if hashlib.sha256(content).hexdigest() != self._head["parts"][name]:
+            self._whole = None
             raise Corrupt(f"the part {name} is not what was written", self.where, "restore the object from a backup")
         return content, start
 

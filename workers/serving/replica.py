@@ -19,6 +19,7 @@ from typing import Any
 from configs.errors import InvalidInput, NotFound, OnebasisError
 from configs.settings import CanarySettings
 from configs.task_spec import TaskSpec
+from subspace_store.files.presence import check_files
 from subspace_store.log.version import MAIN
 from subspace_store.subspace_reader import SubspaceReader
 from workers.base_model import BaseModel
@@ -36,7 +37,8 @@ log = logging.getLogger("onebasis.serving")
 VERSIONS_KEPT = 2
 """Versions beside `main` that stay ready: those that were asked for last by their numbers."""
 FETCH_SECONDS = 1.0
-"""Longest time for which tasks of a new version are read before it answers; the others are read when asked for."""
+"""Longest time for which tasks of a new version are read before it answers; that the others are there is looked at, and
+they are read when asked for."""
 
 
 class Replica:
@@ -78,6 +80,7 @@ class Replica:
         try:
             number = self._store.refresh().refs[MAIN]
             if number == self._version:
+                self._batch(number)  # one that has just started has not read it yet
                 self.trouble = ""
                 self._look_at_canary()
                 return False
@@ -85,7 +88,7 @@ class Replica:
         except Exception as error:  # whatever it is: those who ask are answered by the version before
             told = error.sentence if isinstance(error, OnebasisError) else f"{type(error).__name__}: {error}"
             if told != self.trouble:
-                log.error("answers by version %d, not by what main names: %s", self._version, told)
+                log.error("has version %d, and cannot answer by what main names: %s", self._version, told)
             self.trouble = told
             return False
         self._version, self.trouble = number, ""
@@ -294,15 +297,30 @@ class Replica:
         return MixedBatch(self.base, self._store, number, rows_max=self._rows_max)
 
     def _prepare(self, number: int) -> None:
-        """Read a version, and of its tasks those that the version before has been asked for, the last ones first."""
-        before, made = self._batches.get(self._version), self._made(number)
-        held, until = self._store.state.tasks_at(number), time.monotonic() + FETCH_SECONDS
-        for task_id in reversed(before.tasks if before is not None else ()):
-            if task_id in held and time.monotonic() < until:
-                made.fetch(task_id)
+        """Read a version: all that it needs must be there, and `_read_first` as far as there is time.
+
+        Raises:
+            Corrupt: Something is gone, or is not what was written.
+            Unavailable: The storage was away.
+        """
+        check_files(self._store.storage, self._store.state, number, self._version)
+        made, until = self._made(number), time.monotonic() + FETCH_SECONDS
+        for task_id in self._read_first(number):
+            if time.monotonic() > until:
+                break
+            made.fetch(task_id)
         self._store.let_go()
         with self._lock:
             self._batches[number] = made
+
+    def _read_first(self, number: int) -> list[str]:
+        """Ids of a version's tasks: those whose names the version before has been asked for, the last ones first,
+        whichever revision of them it holds; then those that the version before does not hold."""
+        before, held, now = self._batches.get(self._version), self._held.at(self._version), self._held.at(number)
+        names = {task_id: name for name, task_id in held.items()}
+        asked = [names[task_id] for task_id in reversed(before.tasks if before is not None else ()) if task_id in names]
+        new = [name for name, task_id in now.items() if held.get(name) != task_id]
+        return [now[name] for name in dict.fromkeys([*asked, *new]) if name in now]
 
 
 def _is_of(canary: Chosen, one: Question) -> bool:

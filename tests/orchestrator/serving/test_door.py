@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi import Request
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfMemoryError
 from ray.serve.exceptions import BackPressureError
 
 from configs.errors import Unavailable
@@ -94,14 +94,35 @@ class Streaming(Replicas):
     is_stream = True
 
 
+def request(method: str, path: str, body: Any = None) -> Request:
+    headers = [(b"authorization", b"Bearer secret")]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    return Request({**scope, "server": ("127.0.0.1", 1), "scheme": "http"}, receive)
+
+
 def door_to(folder: Path, replicas: Replicas) -> Door:
     storage = StorageSettings(url=f"file:{folder}")
     SubspaceStore.open(open_storage(storage, BASE), base_model=BASE, writer="test")
     return Door("app", storage, Lodge("http://127.0.0.1:1", "", None, digest_of("secret")), {BASE: replicas})
 
 
-def test_where_a_replica_dies_another_one_answers(tmp_path: Path) -> None:
-    replicas = Replicas(ActorDiedError(), [ANSWER])
+@pytest.mark.parametrize(
+    "died",
+    [
+        ActorDiedError(),
+        ActorUnavailableError("away", b"0" * 16),
+        OutOfMemoryError("the worker was ended"),
+        NodeDiedError("the machine is gone"),
+        ObjectLostError("0" * 56, b"", ""),
+    ],
+    ids=lambda died: type(died).__name__,
+)
+def test_where_a_replica_dies_another_one_answers(tmp_path: Path, died: Exception) -> None:
+    replicas = Replicas(died, [ANSWER])
     found = asyncio.run(door_to(tmp_path, replicas).answer(BASE, [Question("t1", "a")]))
     assert (found, replicas.asked) == ([ANSWER], 2)
 
@@ -110,6 +131,18 @@ def test_where_a_replica_dies_before_the_first_piece_another_one_writes(tmp_path
     replicas = Streaming(ActorUnavailableError("away", b"0" * 16), Piece("he", 7))
     first, _ = asyncio.run(door_to(tmp_path, replicas).stream(BASE, Question("t1", "a")))
     assert (first, replicas.asked) == (Piece("he", 7), 2)
+
+
+def test_a_stream_names_its_version_before_its_first_piece(tmp_path: Path) -> None:
+    storage = open_storage(StorageSettings(url=f"file:{tmp_path}"), BASE)
+    store = SubspaceStore.open(storage, base_model=BASE, writer="test")
+    version = merged(store, {"first": random_adapter(1)})
+    store.publish(version.number, op_key="publish", actor="test")
+    door = door_to(tmp_path, Streaming(Piece("he", 7)))
+    name = store.state.tasks_at(version.number)["first"].name
+    body = {"model": name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    reply = asyncio.run(door(request("POST", "/v1/chat/completions", body)))
+    assert (reply.status_code, reply.headers["x-onebasis-version"]) == (200, "7")
 
 
 @pytest.mark.parametrize("kind", [Replicas, Streaming])
@@ -146,9 +179,7 @@ def test_the_models_are_the_tasks_of_main_all_or_one(tmp_path: Path, path: str, 
     title = store.state.tasks_at(version.number)["first"].name
     door = Door("app", storage, Lodge("http://127.0.0.1:1", "", None, digest_of("secret")), {BASE: None})
     asked = path.format(title=title, encoded=title.replace("/", "%2F"))
-    headers = [(b"authorization", b"Bearer secret")]
-    scope = {"type": "http", "method": "GET", "path": asked, "headers": headers, "query_string": b""}
-    reply = asyncio.run(door(Request({**scope, "server": ("127.0.0.1", 1), "scheme": "http"})))
+    reply = asyncio.run(door(request("GET", asked)))
     assert reply.status_code == status
     content = json.loads(bytes(reply.body))
     assert said in json.dumps(content)

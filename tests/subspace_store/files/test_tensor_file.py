@@ -99,6 +99,21 @@ def test_another_length_is_found(small: int, change: Callable[[bytes], bytes], m
         TensorFile(storage, ref, "test").check()
 
 
+@pytest.mark.parametrize("place", [0, -1], ids=["head", "part"])
+def test_what_was_restored_from_a_backup_is_read_by_whoever_had_the_damaged_file_open(place: int) -> None:
+    storage = fresh_storage()
+    ref = written(storage)
+    whole = storage.read(ref.key)
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    storage.write(ref.key, bytes(damaged))
+    file = TensorFile(storage, ref, "test")
+    with pytest.raises(Corrupt):
+        file.check()
+    storage.write(ref.key, whole)
+    file.check()
+
+
 def test_a_file_of_another_kind_and_one_that_is_gone_are_named() -> None:
     storage = fresh_storage()
     ref = written(storage)

@@ -116,6 +116,65 @@ def test_a_version_that_cannot_be_read_leaves_the_one_before_in_its_place(
     assert (one.follow(), one.version, one.trouble) == (True, made.version, "")
 
 
+@pytest.mark.parametrize("part", ["head", "coefficients"])
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "damaged"])
+def test_a_version_of_which_one_task_cannot_be_read_leaves_the_one_before_in_its_place(
+    tiny: Callable[[str], BaseModel], part: str, is_gone: bool
+) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one, name = replica(made), title(made, "seed-0")
+    first, beside = said(one.answer([Question(name, "Paris"), Question("seed-1", "Paris")]))
+    version = merged(made.store, {"seed-0@2": made.store.delivered("seed-2")}, replaces={"seed-0@2": "seed-0"})
+    made.store.publish(version.number, op_key="publish the revision", actor="test")
+    (new,) = version.added
+    ref = new.coefficients if part == "coefficients" else made.store.state.heads.get(new.adapter.key, new.adapter)
+    storage = made.store.storage
+    whole = storage.read(ref.key)
+    if is_gone:
+        storage.delete(ref.key)
+    else:
+        storage.write(ref.key, whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert not one.follow()
+    assert (one.version, ref.key in one.trouble) == (made.version, True), one.trouble
+    assert said(one.answer([Question(name, "Paris"), Question("seed-1", "Paris")])) == [first, beside]
+    storage.write(ref.key, whole)
+    assert (one.follow(), one.version, one.trouble) == (True, version.number, "")
+    (now,) = said(one.answer([Question(name, "Paris")]))
+    assert (now.task_id, now.version) == ("seed-0@2", version.number)
+
+
+def test_more_tasks_than_can_be_read_in_time_are_looked_for_all_the_same(
+    tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.serving.replica.FETCH_SECONDS", -1.0)
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one = replica(made, 3)
+    storage, key = made.store.storage, made.store.state.versions[made.version].added[0].coefficients.key
+    whole = storage.read(key)
+    publish(made, made.version)
+    storage.delete(key)
+    assert not one.follow()
+    assert (one.version, key in one.trouble) == (3, True), one.trouble
+    storage.write(key, whole)
+    assert (one.follow(), one.version) == (True, made.version)
+
+
+def test_one_that_has_just_started_says_that_it_cannot_read_its_version(
+    tiny: Callable[[str], BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one = replica(made)
+    with monkeypatch.context() as patch:
+
+        def away(*_: object) -> None:
+            raise Unavailable("the storage is away", "s3://bucket")
+
+        patch.setattr(SubspaceReader, "basis", away)
+        assert not one.follow()
+        assert (one.version, one.trouble) == (made.version, "s3://bucket: the storage is away")
+    assert (one.follow(), one.trouble) == (False, "")
+
+
 def test_what_one_asks_wrongly_costs_nobody_else_an_answer(tiny: Callable[[str], BaseModel]) -> None:
     made = site(tiny("bert"), "sequence_classification", ["query"])
     wrong = [

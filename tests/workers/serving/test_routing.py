@@ -12,9 +12,9 @@ import torch
 
 from configs.errors import InvalidInput, NotFound
 from subspace_store.module_names import plain
-from tests.subspace_store.builders import fresh_storage
+from tests.subspace_store.builders import fresh_storage, merged
 from tests.workers.serving.sites import TEXTS, Site, site
-from tests.workers.serving.test_replica import replica, said, title
+from tests.workers.serving.test_replica import publish, replica, said, title
 from tests.workers.tiny_bases import save_llama
 from tests.workers.worker_builders import tiny_settings
 from workers.base_model import BaseModel, load_base_model
@@ -158,6 +158,35 @@ def test_a_task_whose_sums_come_after_it_is_found_by_them_without_a_new_version(
     now = time.monotonic()
     monkeypatch.setattr("workers.serving.routers.time.monotonic", lambda: now + LOOK_SECONDS + 1)
     assert said(one.answer([green]))[0].task_id == "seed-1"
+
+
+def test_a_revision_is_found_by_its_own_rows_and_an_earlier_version_by_those_it_had(
+    tiny: Callable[[str], BaseModel],
+) -> None:
+    made = site(tiny("bert"), "sequence_classification", ["query"])
+    one, green = replica(made), Question(AUTO, "grass is green")
+    french, of_grass = ["the capital of France"], ["the colour of grass", "green grass"]
+
+    def has_rows(task: str, texts: list[str]) -> None:
+        write_sums(made.store.storage, task, sums_of(features(made.base, backbone(made), texts)))
+
+    for task in made.store.state.tasks_at(made.version):
+        has_rows(task, ["Paris"])
+    has_rows("seed-0", french)
+    has_rows("seed-1", of_grass)
+    assert said(one.answer([green]))[0].task_id == "seed-1"
+    replaces = {"seed-0@2": "seed-0", "seed-1@2": "seed-1"}
+    version = merged(made.store, {new: made.store.delivered(old) for new, old in replaces.items()}, replaces=replaces)
+    has_rows("seed-0@2", of_grass)
+    has_rows("seed-1@2", french)
+    made.store.publish(version.number, op_key="publish the revisions", actor="test")
+    assert one.follow()
+    assert said(one.answer([green]))[0].task_id == "seed-0@2"
+    (then,) = said(one.answer([replace(green, version=made.version)]))
+    assert then.task_id == "seed-1"
+    publish(made, made.version)
+    assert one.follow()
+    assert said(one.answer([green])) == [then]
 
 
 def test_a_chat_of_no_task_keeps_all_its_messages(tmp_path: Path) -> None:
