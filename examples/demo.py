@@ -1,8 +1,8 @@
 """The main job, end to end, with the commands that a user types: `python examples/demo.py` (or `make demo`).
 
-Three teams submit six real tasks at different times; they are trained, merged, scored, published; one version is
-rolled back and forward again; one task is exported and scored without onebasis. Everything it makes stays in
-`.onebasis/` of the folder it runs in.
+Three teams submit six real tasks at different times; they are trained, merged, scored, published; one task is exported
+and scored without onebasis; `main` is rolled back to where a question is answered otherwise, and forward again.
+Everything it makes stays in `.onebasis/` of the folder it runs in.
 """
 
 from __future__ import annotations
@@ -99,17 +99,6 @@ def run_job() -> str:
     tell("What every merge did to every task")
     onebasis("scores")
 
-    tell("A published task answers; roll back one version, first looking, and see what it says then; undo it")
-    versions = answer("versions")
-    newest = next(v for v in versions if "main" in v["refs"])
-    parent = str(newest["parent"])
-    asked = question_for(newest["added"][0])
-    onebasis("predict", *asked)
-    onebasis("rollback", parent, "--preview")
-    onebasis("rollback", parent)
-    onebasis("predict", *asked, check=False)
-    onebasis("rollback", str(newest["version"]))
-
     tell("Export a task as an ordinary PEFT adapter, and score it without onebasis")
     onebasis("export", SHOWN, "-o", str(EXPORTED))
     longest = str(answer("task", SHOWN)["spec"]["data"]["max_length"])
@@ -120,16 +109,79 @@ def run_job() -> str:
     print(f"{outside['accuracy']:.4f} on {outside['rows']} rows; `onebasis scores` says {inside:.4f}")
     if abs(outside["accuracy"] - inside) > 1e-9:
         sys.exit("The exported adapter does not reproduce the score: please report this.")
+    tell("A published task answers; roll main back to where it answered otherwise, and ask again; undo it")
+    newest = next(v for v in answer("versions") if "main" in v["refs"])
+    if (found := answered_otherwise(answer("scores"))) is None:
+        # No merge moved a task that was there before: what a rollback then changes is which tasks there are.
+        back, asked = int(newest["parent"]), question_for(newest["added"][0], 0)
+    else:
+        title, back = found
+        asked = question_for(title, most_changed(title, back, int(newest["version"])))
+    before = predicted(asked)
+    onebasis("rollback", str(back), "--preview")
+    onebasis("rollback", str(back))
+    after = predicted(asked)
+    print(what_changed(before, after, back), flush=True)
+    onebasis("rollback", str(newest["version"]))
     return page
 
 
-def question_for(title: str) -> list[str]:
-    """A task, and its first evaluation row as a question to it."""
+def answered_otherwise(scores: dict) -> tuple[str, int] | None:
+    """A task that a later merge has moved, and the newest version before that: best of all one with another score, for
+    then it answers at least one row otherwise. None: no merge moved any."""
+    *earlier, now = scores["matrix"]
+    found = [
+        (cell["score"] != current["score"], version, task["title"])
+        for version, row in zip(scores["versions"], earlier, strict=False)
+        for task, cell, current in zip(scores["tasks"], row, now, strict=True)
+        if cell["score"] is not None and current["score"] is not None and current["measured_at"] > version
+    ]
+    if not found:
+        return None
+    _, version, title = max(found)
+    return title, version
+
+
+def most_changed(title: str, then: int, now: int) -> int:
+    """Number of the evaluation row that two versions answer most differently: with another label, if there is any."""
+    file = answer("task", title)["spec"]["data"]["eval_file"]
+    one, other = (answer("predict", title, "--rows", file, "--version", str(v))["answers"] for v in (now, then))
+
+    def change(row: int) -> tuple[bool, float]:
+        label = one[row]["label"]
+        difference = one[row]["probabilities"][label] - other[row]["probabilities"][label]
+        return label != other[row]["label"], abs(difference)
+
+    return max(range(len(one)), key=change)
+
+
+def what_changed(before: str, after: str, back: int) -> str:
+    """What a rollback changed of an answer, by what was shown."""
+    if not after:
+        return f"Version {back} does not hold this task: after the rollback nobody answers."
+    if before == after:
+        return f"Version {back} gives the same answer, to the digits that are shown."
+    (was, sure, *_), (now, how_sure, *_) = before.split("  "), after.split("  ")
+    if was == now:
+        return f"The answer is {was} still, and by version {back} its probability is {how_sure} instead of {sure}."
+    return f"The answer changed: {was} ({sure}) before, {now} ({how_sure}) by version {back}."
+
+
+def predicted(asked: list[str]) -> str:
+    """Ask a task with the command that a user types; returns its answer, nothing where it has none."""
+    print(f"$ onebasis {shlex.join(['predict', *asked])}", flush=True)
+    done = subprocess.run([ONEBASIS, "predict", *asked], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", flush=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def question_for(title: str, row: int) -> list[str]:
+    """A task, and one of its evaluation rows as a question to it."""
     data = answer("task", title)["spec"]["data"]
     with gzip.open(data["eval_file"], "rt") as file:
-        row = json.loads(file.readline())
+        asked = json.loads(list(file)[row])
     pair = data["text_pair_column"]
-    return [title, "--text", row[data["text_column"]], *(["--pair", row[pair]] if pair else [])]
+    return [title, "--text", asked[data["text_column"]], *(["--pair", asked[pair]] if pair else [])]
 
 
 def settings() -> list[str]:

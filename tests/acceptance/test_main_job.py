@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from tests.acceptance.conftest import ONEBASIS, ROOT, Site
 
 pytestmark = pytest.mark.timeout(1200)
 
+TOLD = "demo.txt"
+"""Where what the demo printed is kept."""
 DOWN = 10
 """Exit code of `onebasis status` where no service runs."""
 
@@ -40,6 +45,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Site:
         task.write_text(task.read_text().replace(as_it_is, changed))
     done = subprocess.run([sys.executable, "examples/demo.py"], cwd=site.folder, capture_output=True, text=True)
     print(done.stdout, done.stderr)
+    (site.folder / TOLD).write_text(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr + site.log()
     # `up` ends with the address of the web page, and so does the demo.
     (address,) = set(re.findall(r"the web page: (\S+) ", done.stderr))
@@ -222,6 +228,67 @@ def test_a_rolled_back_version_is_previewed_done_and_undone(demo: Site) -> None:
     assert held.isdisjoint(added)
     demo.run("rollback", str(newest))
     assert demo.ask("status", expect=DOWN)["main"] == newest
+
+
+def test_it_ends_with_a_rollback_that_changes_an_answer(demo: Site) -> None:
+    lines = (demo.folder / TOLD).read_text().splitlines()
+    (first, second) = (place for place, line in enumerate(lines) if line.startswith("$ onebasis predict "))
+    assert lines[first] == lines[second]
+    (back,) = (line.split()[-1] for line in lines[first:second] if re.fullmatch(r"\$ onebasis rollback \d+", line))
+    asked = shlex.split(lines[first])[3:]
+    # What was shown is what both versions answer, and what is said of it is so.
+    before, after = (demo.run("predict", *asked, *at).splitlines()[0] for at in ((), ("--version", back)))
+    assert (lines[first + 1], lines[second + 1]) == (before, after)
+    said = lines[second + 2]
+    assert said == example("what_changed")(before, after, int(back))
+    differ = example("answered_otherwise")(demo.ask("scores")) is not None
+    assert differ, "no merge moved a task: the demo has nothing to show"
+    print(said)
+    undone = lines.index(f"$ onebasis rollback {demo.ask('status', expect=DOWN)['main']}")
+    assert undone > second
+    assert [line for line in lines[undone + 1 :] if line.startswith("$ ")] == ["$ onebasis down"]
+
+
+def example(name: str) -> Any:
+    """A function of the demo."""
+    return runpy.run_path(str(ROOT / "examples/demo.py"))[name]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("fee  0.91  Why?", "cash  0.55  Why?", "The answer changed: fee (0.91) before, cash (0.55) by version 2."),
+        (
+            "fee  0.91  Why?",
+            "fee  0.83  Why?",
+            "The answer is fee still, and by version 2 its probability is 0.83 instead of 0.91.",
+        ),
+        ("fee  0.91  Why?", "fee  0.91  Why?", "Version 2 gives the same answer, to the digits that are shown."),
+        ("fee  0.91  Why?", "", "Version 2 does not hold this task: after the rollback nobody answers."),
+    ],
+)
+def test_what_is_said_of_two_answers_is_so(before: str, after: str, said: str) -> None:
+    assert example("what_changed")(before, after, 2) == said
+
+
+def test_the_demo_rolls_back_to_where_a_score_was_another_one() -> None:
+    def cell(score: float | None, measured_at: int | None) -> dict[str, Any]:
+        return {"score": score, "measured_at": measured_at}
+
+    none, tasks = cell(None, None), [{"title": "a/one"}, {"title": "b/two"}]
+    scores: dict[str, Any] = {"tasks": tasks, "versions": [1, 2, 3, 4]}
+    # one: another score under versions 1 and 2; two: moved by version 4, with the same score.
+    scores["matrix"] = [
+        [cell(0.8, 1), none],
+        [cell(0.8, 2), none],
+        [cell(0.9, 3), cell(0.7, 3)],
+        [cell(0.9, 3), cell(0.7, 4)],
+    ]
+    find = example("answered_otherwise")
+    assert find(scores) == ("a/one", 2)
+    assert find({**scores, "versions": [3, 4], "matrix": scores["matrix"][2:]}) == ("b/two", 3)
+    still = [[cell(0.8, 1), none], [cell(0.8, 1), cell(0.7, 2)]]
+    assert find({"tasks": tasks, "versions": [1, 2], "matrix": still}) is None
 
 
 def test_nothing_is_left_running(demo: Site) -> None:
