@@ -283,16 +283,15 @@ def _naming(version: int) -> dict[str, str]:
 async def _tried(ask: Callable[[], Awaitable[T]]) -> T:
     """What a replica answers, or another one where it dies first: to answer changes nothing. No more than so many, for
     a request may be what they die of."""
-    for _ in range(REPLICAS_TRIED - 1):
+    died: Exception | None = None
+    for _ in range(REPLICAS_TRIED):
         try:
             return await ask()
         except DIED as error:
-            log.warning("a replica died before it had answered (%s): another is asked", type(error).__name__)
-    try:
-        return await ask()
-    except DIED as error:
-        what = f"{REPLICAS_TRIED} replicas ended before they had answered it"
-        raise Unavailable(what, todo="ask again; if it happens each time, it is of what is asked") from error
+            log.warning("a replica died before it had answered: %s", type(error).__name__)
+            died = error
+    what = f"{REPLICAS_TRIED} replicas ended before they had answered it"
+    raise Unavailable(what, todo="ask again; if it happens each time, it is of what is asked") from died
 
 
 async def _events(first: Any, pieces: Any, reply: Reply, wants_usage: bool) -> AsyncIterator[str]:
