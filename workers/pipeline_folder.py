@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,14 +31,22 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """The files of weights of all parts that take a LoRA: part and name (`unet/….safetensors`) to file, by name.
 
     Raises:
-        InvalidInput: There is no such part, or one has no weights, or only those of a variant (fp16).
+        InvalidInput: There is no such part; or one that the pipeline names is not there, has no weights, or only those
+            of a variant (fp16).
     """
-    parts = [name for name in _said(folder / PIPELINE_FILE) if COMPONENT.fullmatch(name) and (folder / name).is_dir()]
+    # A part that the pipeline does without is named as [null, null].
+    named = _said(folder / PIPELINE_FILE).items()
+    parts = [name for name, made in named if COMPONENT.fullmatch(name) and made and made != [None, None]]
     if not parts:
         raise InvalidInput(
             "has no part that takes a LoRA (a unet, a transformer, a text_encoder)", str(folder), _SAVE_AGAIN
         )
     return {f"{part}/{file.name}": file for part in sorted(parts) for file in _of_part(folder / part)}
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of weights names, by name. Raises InvalidInput: it cannot be read."""
+    return [index.with_name(name) for name in sorted(set(_said(index, "weight_map").values()))]
 
 
 def linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
@@ -64,17 +73,19 @@ def linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
 def _of_part(folder: Path) -> list[Path]:
     for name in _NAMES:
         if (index := folder / f"{name}.safetensors.index.json").is_file():
-            files = [folder / shard for shard in sorted(set(_said(index, "weight_map").values()))]
+            files = shards(index)
         else:
             files = [folder / f"{name}.safetensors"]
         if all(file.is_file() for file in files):
             return files
+    if not folder.is_dir():
+        raise InvalidInput(f"has no {folder.name}, which {PIPELINE_FILE} names", str(folder.parent), _SAVE_AGAIN)
     variants = sorted(file.name for file in folder.glob("*.safetensors"))
     what = f"has only {', '.join(variants[:3])}, of a variant or a part of the files" if variants else "has no weights"
     raise InvalidInput(what, str(folder), _SAVE_AGAIN)
 
 
-def _said(file: Path, key: str = "") -> dict[str, str]:
+def _said(file: Path, key: str = "") -> dict[str, Any]:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         found = said[key] if key else said

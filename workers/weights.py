@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch import Tensor
 from configs.errors import InvalidInput, Unavailable
 from configs.places import is_local
 from configs.settings import BaseModelSettings
-from workers.pipeline_folder import is_pipeline, weight_files
+from workers.pipeline_folder import is_pipeline, shards, weight_files
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -64,8 +63,7 @@ def weights_digest(folder: Path) -> str:
     if is_pipeline(folder):
         return _digest_of_all(list(weight_files(folder).values()))
     if (folder / INDEX_FILE).is_file():
-        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
-        return _digest_of_all([folder / name for name in shards])
+        return _digest_of_all(shards(folder / INDEX_FILE))
     if not (folder / WEIGHTS_FILE).is_file():
         raise InvalidInput(f"has no {WEIGHTS_FILE}", str(folder), "save the base model with safetensors")
     return _file_digest(folder / WEIGHTS_FILE)

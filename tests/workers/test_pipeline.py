@@ -73,6 +73,7 @@ def test_the_digest_is_of_all_weights_that_take_a_lora(folder: Path) -> None:
     ("broken", "told"),
     [
         ("no part", "has no part that takes a LoRA"),
+        ("a part is missing", "has no text_encoder, which model_index.json names"),
         ("a variant", "has only diffusion_pytorch_model.fp16.safetensors"),
         ("a shard is missing", "has no weights"),
         ("half a file", "cannot be read"),
@@ -83,6 +84,8 @@ def test_a_pipeline_that_is_not_whole_is_refused(folder: Path, broken: str, told
     unet, weights = folder / "unet", folder / "unet/diffusion_pytorch_model.safetensors"
     if broken == "no part":
         (folder / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
+    elif broken == "a part is missing":
+        (folder / "text_encoder").rename(folder / "elsewhere")
     elif broken == "a variant":
         weights.rename(unet / "diffusion_pytorch_model.fp16.safetensors")
     elif broken == "a shard is missing":
@@ -95,6 +98,12 @@ def test_a_pipeline_that_is_not_whole_is_refused(folder: Path, broken: str, told
         (folder / "model_index.json").write_text('{"unet": [')
     with pytest.raises(InvalidInput, match=told):
         load_base_model(settings_of(folder))
+
+
+def test_a_part_that_a_pipeline_does_without_is_not_missed(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": [None, None]}))
+    assert [name.partition("/")[0] for name in weight_files(folder)] == ["text_encoder", "unet"]
 
 
 def test_it_is_not_quantised_and_nothing_is_trained_or_answered_by_it(folder: Path) -> None:
