@@ -16,6 +16,7 @@ MODEL_CONFIG_FILE = "config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
 DIFFUSERS_PICKLE_FILE = "pytorch_lora_weights.bin"
+SAVE_AGAIN = "load it in diffusers and save it with the pipeline's save_lora_weights"
 READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE, DIFFUSERS_FILE)
 """All that is read; other files, such as checkpoints of a training, may be there."""
 
@@ -55,5 +56,5 @@ def is_diffusers(place: Path) -> bool:
 
 _PICKLES = {
     PICKLE_FILE: "save it again with PeftModel.save_pretrained(..., safe_serialization=True)",
-    DIFFUSERS_PICKLE_FILE: "load it in diffusers and save it with the pipeline's save_lora_weights",
+    DIFFUSERS_PICKLE_FILE: SAVE_AGAIN,
 }

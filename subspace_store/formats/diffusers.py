@@ -24,7 +24,7 @@ from torch import Tensor
 from configs.errors import InvalidInput
 from configs.places import OpenFile, open_anywhere
 from subspace_store.adapter import Adapter, canonical_update, check_adapter
-from subspace_store.formats.adapter_files import DIFFUSERS_FILE, DIFFUSERS_PICKLE_FILE
+from subspace_store.formats.adapter_files import DIFFUSERS_FILE, SAVE_AGAIN, refuse_pickle
 from subspace_store.formats.peft import check_pair, check_saved, export_rank, padded_factors
 from subspace_store.formats.peft_config import Scaling, check_config
 from subspace_store.formats.weights_file import read_weights
@@ -35,22 +35,21 @@ METADATA = "lora_adapter_metadata"  # the header's key for the configurations of
 COMPONENT = re.compile(r"unet|transformer(_2|_ref)?|text_encoder(_[23])?|text_conditioner|connectors")
 """The parts of a pipeline for which diffusers saves LoRAs."""
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])|(?:lora|lora_linear_layer)\.(down|up))\.weight")
-_SAVE_AGAIN = "load it in diffusers and save it with the pipeline's save_lora_weights"
 
 # Pattern of a tensor's name, why such a tensor is refused, and what to do.
 _REFUSED = (
     (
         r"lora_(unet|te\d?|transformer|prior)_",
         "a name in Kohya's form, whose `_` cannot be told from dots",
-        _SAVE_AGAIN,
+        SAVE_AGAIN,
     ),
     (r".*(dora_scale|lora_magnitude_vector)", "a DoRA magnitude, which cannot be merged", "train it without DoRA"),
     (r".*lora_embedding", "a LoRA of an embedding, which cannot be merged", "train it without this part"),
     (r".*(lokr_|hada_|oft_)", "of another method than LoRA", "train the task as a LoRA"),
     (r".*(\.bias|\.diff_b|\.diff)$", "a bias or a whole weight, which cannot be merged", "train it without this part"),
     (r"(string_to_param|emb_params|clip_[gl]$|bundle_emb)", "a textual inversion, which cannot be merged", ""),
-    (r".*_lora\.(down|up)\.", "in the form of diffusers before 0.27", _SAVE_AGAIN),
-    (r"(diffusion_model|base_model\.model)\.", "which names no component of a pipeline", _SAVE_AGAIN),
+    (r".*_lora\.(down|up)\.", "in the form of diffusers before 0.27", SAVE_AGAIN),
+    (r"(diffusion_model|base_model\.model)\.", "which names no component of a pipeline", SAVE_AGAIN),
 )
 
 
@@ -66,9 +65,10 @@ def read_diffusers_file(path: Path, base_model: str, base_sha256: str, open_file
         InvalidInput: The file is missing or broken, or holds what cannot be represented: Kohya's names, DoRA,
             convolutions, embeddings, biases, textual inversions, pickles; names the tensor.
     """
+    refuse_pickle(path)
     file = path / DIFFUSERS_FILE if path.is_dir() else path
-    if file.suffix in (".bin", ".pt", ".ckpt") or (not file.is_file() and (path / DIFFUSERS_PICKLE_FILE).is_file()):
-        raise InvalidInput("is a pickle, which can run code and is never read", str(path), _SAVE_AGAIN)
+    if file.suffix in (".bin", ".pt", ".ckpt"):
+        raise InvalidInput("is a pickle, which can run code and is never read", str(path), SAVE_AGAIN)
     tensors, header = read_weights(file, "name a file saved by diffusers", open_file)
     found = _configurations(header, str(path))
     return from_diffusers(tensors, found, base_model=base_model, base_sha256=base_sha256, where=str(path))
@@ -154,7 +154,7 @@ def _check_name(key: str, where: str) -> None:
         if re.match(pattern, key):
             raise InvalidInput(f"has the tensor {key!r}, {why}", where, todo)
     if not COMPONENT.fullmatch(_component(key)):
-        raise InvalidInput(f"has the tensor {key!r}, which names no component of a pipeline", where, _SAVE_AGAIN)
+        raise InvalidInput(f"has the tensor {key!r}, which names no component of a pipeline", where, SAVE_AGAIN)
 
 
 def _scale(
@@ -168,7 +168,7 @@ def _scale(
     rank = len(pair["A"])
     if component in scalings:
         if name in alphas:
-            raise InvalidInput(f"says the scale of {name!r} twice, as alpha and in {METADATA}", where, _SAVE_AGAIN)
+            raise InvalidInput(f"says the scale of {name!r} twice, as alpha and in {METADATA}", where, SAVE_AGAIN)
         return scalings[component].of(module, rank)
     if any(_component(other) == component for other in alphas) and name not in alphas:
         raise InvalidInput(f"has no alpha for {name!r} but for other modules", where, "the file is not complete")
@@ -180,9 +180,9 @@ def _configurations(header: Mapping[str, str], where: str) -> dict[str, dict[str
     try:
         flat = json.loads(header.get(METADATA) or "{}")
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"has {METADATA} that is not valid JSON: {error}", where, _SAVE_AGAIN) from error
+        raise InvalidInput(f"has {METADATA} that is not valid JSON: {error}", where, SAVE_AGAIN) from error
     if not isinstance(flat, dict):
-        raise InvalidInput(f"has {METADATA} that is not a JSON object", where, _SAVE_AGAIN)
+        raise InvalidInput(f"has {METADATA} that is not a JSON object", where, SAVE_AGAIN)
     configurations: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, name = key.partition(".")
