@@ -104,7 +104,10 @@ def from_diffusers(
         _check_name(key, where)
         check_saved(key, tensor, where)
         if match := _FACTOR.fullmatch(key):
-            pairs.setdefault(match[1], {})["A" if match[2] == "A" or match[3] == "down" else "B"] = tensor
+            pair, factor = pairs.setdefault(match[1], {}), "A" if match[2] == "A" or match[3] == "down" else "B"
+            if factor in pair:
+                raise InvalidInput(f"has two lora_{factor} for the module {match[1]!r}", where, SAVE_AGAIN)
+            pair[factor] = tensor
         elif key.endswith(".alpha") and tensor.numel() == 1:
             alphas[key.removesuffix(".alpha")] = float(tensor)
         else:

@@ -232,6 +232,14 @@ def test_an_infinite_number_is_refused_by_name(tmp_path: Path) -> None:
         read(file_of(tmp_path / "lora.safetensors", factors))
 
 
+def test_a_factor_that_is_there_under_both_names_is_refused(tmp_path: Path) -> None:
+    found = pairs()
+    module, (_, a) = next(iter(found.items()))
+    file = file_of(tmp_path / "two.safetensors", found, extra={f"{module}.lora.down.weight": 2 * a})
+    with pytest.raises(InvalidInput, match=f"has two lora_A for the module '{re.escape(module)}'"):
+        read(file)
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
